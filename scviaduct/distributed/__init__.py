@@ -1,0 +1,1 @@
+"""The training loop, checkpoints, bundles, mapping, Ray and MLflow."""

@@ -1,0 +1,132 @@
+"""Gene names: what kind they are, when two of them mean the same gene, and where a reference's genes sit in a file."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from scviaduct.errors import DataError
+
+# "ENSG00000000003.14", "ENSMUSG00000000001.5", "ENSG00000182378.15_PAR_Y". Clone names such as "RP11-34P13.7"
+# look versioned but are not, so only ENS ids are touched.
+_ENSEMBL = re.compile(r"(ENS[A-Z]+\d{6,})(\.\d+)?(_PAR_Y)?")
+
+
+def normalise(names: Iterable[str]) -> list[str]:
+    """Names without the version suffix of Ensembl ids; everything else unchanged.
+
+    `ENSG00000000003.14` becomes `ENSG00000000003`; the copy of a gene on the Y chromosome stays apart:
+    `ENSG00000182378.15_PAR_Y` becomes `ENSG00000182378_PAR_Y`.
+    """
+
+    def one(name: str) -> str:
+        found = _ENSEMBL.fullmatch(name) if name.startswith("ENS") else None
+        return found[1] + (found[3] or "") if found else name
+
+    return [one(str(name)) for name in names]
+
+
+def id_type(names: Sequence[str]) -> Literal["ensembl", "symbol"]:
+    """The kind most of the names are of."""
+    n_ensembl = sum(_ENSEMBL.fullmatch(str(name)) is not None for name in names)
+    return "ensembl" if 2 * n_ensembl > len(names) else "symbol"
+
+
+@dataclass(frozen=True, eq=False)
+class GeneMatch:
+    """Where each gene of a reference is found among the genes of a file."""
+
+    positions: NDArray[np.int64]
+    """(reference genes,) position in the file, -1 where the file does not have the gene."""
+    missing: tuple[str, ...]
+    """The reference's genes that the file does not have, in the reference's order."""
+    n_extra: int
+    """Genes of the file that the reference does not use."""
+    via: str
+    """What was compared: "names" for var_names, else the name of a var column."""
+
+    @property
+    def n_reference(self) -> int:
+        """Number of genes asked for."""
+        return len(self.positions)
+
+    @property
+    def n_matched(self) -> int:
+        """Number of genes found."""
+        return self.n_reference - len(self.missing)
+
+    @property
+    def share(self) -> float:
+        """Share of the reference's genes that were found."""
+        return self.n_matched / max(1, self.n_reference)
+
+    def columns(self, n_vars: int) -> NDArray[np.int32]:
+        """(n_vars,) position in the reference of each gene of the file, -1 where the reference does not use it."""
+        columns = np.full(n_vars, -1, np.int32)
+        found = np.flatnonzero(self.positions >= 0)
+        columns[self.positions[found]] = found
+        return columns
+
+
+def match(reference: Sequence[str], var: pd.DataFrame, *, where: str = "the file") -> GeneMatch:
+    """Find the reference's genes in `var` by name: by var_names, or by the text column of `var` that has more of them.
+
+    Columns such as `feature_name`, `gene_ids` or `symbol` need no naming: each text column is tried, and one is taken
+    only when it holds more of the reference's genes than var_names do. `where` names the file in messages.
+
+    Raises DataError when a gene of the reference occurs twice, in the reference or in what it is compared with.
+    """
+    wanted = normalise(reference)
+    _refuse_duplicates(wanted, "the reference", "genes")
+    known = set(wanted)
+    via, names = max(_candidates(var), key=lambda c: len(known.intersection(c[1])))
+    _refuse_duplicates(
+        [n for n in names if n in known], where, "var_names" if via == "names" else f"var column {via!r}"
+    )
+    at = {name: i for i, name in enumerate(names)}
+    positions = np.fromiter((at.get(name, -1) for name in wanted), np.int64, len(wanted))
+    missing = tuple(name for name, p in zip(reference, positions, strict=True) if p < 0)
+    return GeneMatch(positions, missing, len(var) - len(wanted) + len(missing), via)
+
+
+def _candidates(var: pd.DataFrame) -> list[tuple[str, list[str]]]:
+    """Whatever may hold gene names; var_names first, because `max` keeps the first of equals."""
+    text = [c for c in var.columns if not pd.api.types.is_numeric_dtype(var[c])]
+    return [("names", normalise(var.index)), *((str(c), normalise(var[c].astype(object))) for c in text)]
+
+
+def _refuse_duplicates(names: list[str], where: str, what: str) -> None:
+    twice = [name for name, n in Counter(names).items() if n > 1]
+    if twice:
+        shown = ", ".join(twice[:5]) + (", …" if len(twice) > 5 else "")
+        raise DataError(
+            f"{where}: {len(twice)} gene{'s' if len(twice) > 1 else ''} occur more than once in {what} "
+            f"(after removing Ensembl versions): {shown}. Sum or remove the duplicates first."
+        )
+
+
+def mismatch_hint(reference: Sequence[str], var: pd.DataFrame) -> str:
+    """One sentence that tells why so few genes match: other id type, other organism, or unknown."""
+    here, there = id_type(reference), id_type(list(var.index))
+    examples = f"reference: {', '.join(reference[:3])}; file: {', '.join(map(str, var.index[:3]))}"
+    if here != there:
+        return f"The reference uses {here} names, the file {there} names ({examples}); put {here} names into var."
+    upper = {str(name).upper() for name in reference}
+    same_letters = sum(str(name).upper() in upper for name in var.index)
+    species = {_species(reference), _species(list(var.index))}
+    if 2 * same_letters > len(upper) or len(species) > 1:
+        return f"The names look like another organism's ({examples}); map the genes to the reference's organism first."
+    return f"The names differ ({examples})."
+
+
+def _species(names: Sequence[str]) -> str:
+    """The species prefix most Ensembl ids share ("ENSG" human, "ENSMUSG" mouse); "" for symbols."""
+    prefixes = Counter(re.match(r"(ENS[A-Z]+)?", str(name))[0] for name in names)  # type: ignore[index]
+    return prefixes.most_common(1)[0][0] if prefixes else ""

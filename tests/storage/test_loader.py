@@ -1,0 +1,133 @@
+import threading
+import time
+
+import numpy as np
+import pytest
+import scipy.sparse as sp
+from hypothesis import given
+from hypothesis import strategies as st
+
+from scviaduct.schema import Batch
+from scviaduct.storage.loader import Loader, MemorySource, Prefetched, gather, stream
+from scviaduct.storage.sampler import Sampler, Split
+
+
+def cells(n=200, genes=30, seed=0, **extra):
+    rng = np.random.default_rng(seed)
+    x = sp.csr_matrix(rng.poisson(0.3, (n, genes)).astype(np.float32))
+    return Batch(
+        n_genes=genes,
+        indptr=x.indptr.astype(np.int64),
+        indices=x.indices.astype(np.int32),
+        data=x.data,
+        batch_index=rng.integers(0, 3, n),
+        rows=np.arange(n),
+        **extra,
+    )
+
+
+def dense(batch):
+    return sp.csr_matrix((batch.data, batch.indices, batch.indptr), (batch.n_cells, batch.n_genes)).toarray()
+
+
+@given(
+    n=st.integers(1, 300),
+    block_rows=st.integers(1, 70),
+    batch_size=st.integers(1, 80),
+    world=st.integers(1, 4),
+    fraction=st.sampled_from([0.0, 0.2]),
+)
+def test_batches_hold_the_right_counts_codes_and_rows(n, block_rows, batch_size, world, fraction):
+    whole = cells(n)
+    x = dense(whole)
+    split = Split(fraction)
+    sampler = Sampler(n_rows=n, block_rows=block_rows, batch_size=batch_size, split=split)
+    seen = []
+    for rank in range(world):
+        with Loader(MemorySource(whole, block_rows), sampler, rank=rank, world_size=world).epoch(3) as batches:
+            for batch in batches:
+                np.testing.assert_array_equal(dense(batch), x[batch.rows])
+                np.testing.assert_array_equal(batch.batch_index, whole.batch_index[batch.rows])
+                np.testing.assert_array_equal(batch.seeds, sampler.seeds(3, batch.rows))
+                assert batch.lanes[-1] == batch.n_cells
+                assert len(batch.lanes) == len(sampler.lanes_of(rank, world)) + 1
+                seen += list(batch.rows)
+    assert sorted(seen) == list(np.flatnonzero(~split.validation(np.arange(n))))
+
+
+def test_starting_at_a_step_gives_the_rest_of_the_epoch():
+    sampler = Sampler(n_rows=200, block_rows=32, batch_size=20)
+    source = MemorySource(cells(200), 32)
+    with Loader(source, sampler).epoch(0) as a, Loader(source, sampler).epoch(0, 4) as b:
+        whole, rest = list(a), list(b)
+    assert len(rest) == len(whole) - 4
+    assert all((x.rows == y.rows).all() for x, y in zip(whole[4:], rest, strict=True))
+
+
+def test_every_field_follows_its_cell():
+    n = 64
+    whole = cells(
+        n,
+        labels=np.arange(n),
+        categorical=np.arange(2 * n).reshape(n, 2),
+        continuous=np.arange(3 * n, dtype=np.float32).reshape(n, 3),
+        size_factor=np.arange(n, dtype=np.float32) + 1,
+    )
+    rows = np.array([5, 3, 60, 3])
+    batch = gather([(whole, rows[:2]), (whole, rows[2:])])
+    for name in ("batch_index", "labels", "categorical", "continuous", "size_factor", "rows"):
+        np.testing.assert_array_equal(getattr(batch, name), getattr(whole, name)[rows])
+    np.testing.assert_array_equal(dense(batch), dense(whole)[rows])
+
+
+def test_stream_visits_every_block_in_order_and_ranks_share_them():
+    source = MemorySource(cells(105), 10)
+    rows = []
+    for rank in range(3):
+        with stream(source, rank=rank, world_size=3) as blocks:
+            rows += [r for b in blocks for r in b.rows]
+    assert rows == list(range(105))
+
+
+def test_blocks_are_read_once_per_lane_that_touches_them():
+    class Counting(MemorySource):
+        reads = 0
+
+        def read(self, block):
+            self.reads += 1
+            return super().read(block)
+
+    source = Counting(cells(1000), 50)
+    with Loader(source, Sampler(n_rows=1000, block_rows=50, batch_size=10, n_lanes=4)).epoch(0) as batches:
+        assert sum(b.n_cells for b in batches) == 1000
+    assert 20 <= source.reads <= 20 + 4  # a block cut by a lane border is read by both lanes
+
+
+def test_an_error_in_the_thread_reaches_the_consumer_and_the_thread_ends():
+    def broken():
+        yield 1
+        raise OSError("disk gone")
+
+    before = threading.active_count()
+    with pytest.raises(OSError, match="disk gone"), Prefetched(broken) as items:
+        list(items)
+    assert threading.active_count() == before
+
+
+def test_leaving_early_stops_the_thread():
+    before = threading.active_count()
+    with Prefetched(lambda: iter(range(10**9)), depth=2) as items:
+        assert next(iter(items)) == 0
+    assert threading.active_count() == before
+
+
+def test_items_are_made_ahead_and_waiting_is_measured():
+    def slow():
+        for k in range(3):
+            time.sleep(0.02)
+            yield k
+
+    with Prefetched(slow) as items:
+        time.sleep(0.2)
+        assert list(items) == [0, 1, 2]
+    assert items.waited < 0.05

@@ -1,0 +1,128 @@
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from scviaduct.errors import ConfigError
+from scviaduct.storage.sampler import Sampler, Split, keyed
+
+SIZES = dict(
+    n_rows=st.integers(1, 700),
+    block_rows=st.integers(1, 97),
+    batch_size=st.integers(1, 200),
+    n_lanes=st.integers(1, 20),
+    seed=st.integers(0, 5),
+)
+
+
+def rows_of_step(sampler, epoch, step, rank=0, world_size=1):
+    """Source rows of one rank's batch, in order."""
+    out = []
+    for lane in sampler.request(epoch, step, rank, world_size):
+        for block, start, stop in lane:
+            out += list(block * sampler.block_rows + sampler.rows_of(epoch.index, block)[start:stop])
+    return [int(x) for x in out]
+
+
+def rows_of_epoch(sampler, index, world_size=1, start=0, stop=None):
+    epoch = sampler.epoch(index)
+    return [
+        [rows_of_step(sampler, epoch, step, rank, world_size) for rank in range(world_size)]
+        for step in range(start, sampler.steps if stop is None else stop)
+    ]
+
+
+def flat(nested):
+    return [x for item in nested for x in (flat(item) if isinstance(item, list) else [item])]
+
+
+@given(**SIZES, epoch=st.integers(0, 3), world_size=st.integers(1, 8))
+def test_every_row_exactly_once_in_an_epoch(epoch, world_size, **sizes):
+    sampler = Sampler(**sizes)
+    if world_size > sampler.n_lanes:
+        with pytest.raises(ConfigError, match="n-lanes"):
+            sampler.lanes_of(0, world_size)
+        return
+    assert sorted(flat(rows_of_epoch(sampler, epoch, world_size))) == list(range(sampler.n_rows))
+
+
+@given(**SIZES, worlds=st.tuples(st.integers(1, 8), st.integers(1, 8)))
+def test_the_global_batch_does_not_depend_on_the_number_of_workers(worlds, **sizes):
+    sampler = Sampler(**sizes)
+    a, b = (min(w, sampler.n_lanes) for w in worlds)
+    # ranks own neighbouring lanes, so even the order of the cells is the same
+    assert [flat(s) for s in rows_of_epoch(sampler, 1, a)] == [flat(s) for s in rows_of_epoch(sampler, 1, b)]
+
+
+@given(**SIZES, worlds=st.lists(st.integers(1, 8), min_size=2, max_size=4), cut=st.floats(0, 1))
+def test_interrupted_and_resumed_with_other_workers_sees_the_same_cells(worlds, cut, **sizes):
+    sampler = Sampler(**sizes)
+    worlds = [min(w, sampler.n_lanes) for w in worlds]
+    stops = [round(sampler.steps * cut * (k + 1) / len(worlds)) for k in range(len(worlds) - 1)] + [sampler.steps]
+    seen, at = [], 0
+    for world, stop in zip(worlds, stops, strict=True):
+        seen += rows_of_epoch(sampler, 2, world, at, stop)
+        at = stop
+    assert [flat(s) for s in seen] == [flat(s) for s in rows_of_epoch(sampler, 2, 1)]
+    assert sorted(flat(seen)) == list(range(sampler.n_rows))
+
+
+@given(**SIZES)
+def test_batches_are_nearly_equal_and_rows_at_tells_their_size(**sizes):
+    sampler = Sampler(**sizes)
+    lengths = [len(flat(s)) for s in rows_of_epoch(sampler, 0)]
+    assert lengths == [sampler.rows_at(s) for s in range(sampler.steps)]
+    ideal = sampler.n_rows / sampler.steps
+    # every lane is off by less than one row; their phases spread the rounding
+    assert max(abs(n - ideal) for n in lengths) <= 2 + sampler.n_lanes / max(1, sampler.steps)
+
+
+def test_no_one_cell_tail():
+    sampler = Sampler(n_rows=1025, block_rows=1024, batch_size=128)
+    sizes = [sampler.rows_at(s) for s in range(sampler.steps)]
+    assert sampler.steps == 8 and min(sizes) >= 127 and max(sizes) <= 129
+
+
+def test_order_changes_with_epoch_and_seed_and_is_reproducible():
+    first = Sampler(n_rows=500, block_rows=64, batch_size=50, seed=1)
+    assert rows_of_epoch(first, 0) == rows_of_epoch(first, 0)
+    assert rows_of_epoch(first, 0) != rows_of_epoch(first, 1)
+    assert rows_of_epoch(first, 0) != rows_of_epoch(Sampler(n_rows=500, block_rows=64, batch_size=50, seed=2), 0)
+
+
+@given(n_rows=st.integers(200, 3000), fraction=st.sampled_from([0.1, 0.3, 0.5]), seed=st.integers(0, 3))
+def test_split_covers_all_rows_without_overlap(n_rows, fraction, seed):
+    split = Split(fraction, seed)
+    common = dict(n_rows=n_rows, block_rows=100, batch_size=64, split=split)
+    train = flat(rows_of_epoch(Sampler(**common, seed=seed, part="train"), 0))
+    held = flat(rows_of_epoch(Sampler(**common, seed=seed, part="validation"), 0))
+    assert sorted(train + held) == list(range(n_rows))
+    assert abs(len(held) / n_rows - fraction) < 5 * np.sqrt(fraction * (1 - fraction) / n_rows)
+
+
+def test_split_is_not_a_contiguous_block():
+    held = Split(0.1, 0).validation(np.arange(10_000))
+    by_block = held.reshape(10, 1000).mean(1)
+    assert by_block.min() > 0.05 and by_block.max() < 0.15
+
+
+def test_an_empty_part_is_refused():
+    with pytest.raises(ConfigError, match="validation part of 10 rows is empty"):
+        Sampler(n_rows=10, block_rows=4, batch_size=2, part="validation")
+
+
+@pytest.mark.parametrize("field", ["n_rows", "block_rows", "batch_size", "n_lanes"])
+def test_sizes_must_be_positive(field):
+    with pytest.raises(ConfigError, match=f"{field} must be at least 1, not 0"):
+        Sampler(**dict(n_rows=10, block_rows=4, batch_size=2) | {field: 0})
+
+
+def test_cells_get_other_keys_each_epoch_and_the_same_keys_again():
+    sampler, rows = Sampler(n_rows=100, block_rows=10, batch_size=10), np.arange(100)
+    assert (sampler.seeds(0, rows) == sampler.seeds(0, rows)).all()
+    assert len(set(sampler.seeds(0, rows)) | set(sampler.seeds(1, rows))) == 200
+
+
+def test_keys_are_uniform():
+    bits = np.unpackbits(keyed(np.arange(20_000), 3).view(np.uint8)).reshape(20_000, 64)
+    assert np.abs(bits.mean(0) - 0.5).max() < 0.02
