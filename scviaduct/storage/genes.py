@@ -8,9 +8,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import numba
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
+from scipy.sparse import csr_matrix
 
 from scviaduct.errors import DataError
 
@@ -130,3 +132,44 @@ def _species(names: Sequence[str]) -> str:
     """The species prefix most Ensembl ids share ("ENSG" human, "ENSMUSG" mouse); "" for symbols."""
     prefixes = Counter(re.match(r"(ENS[A-Z]+)?", str(name))[0] for name in names)  # type: ignore[index]
     return prefixes.most_common(1)[0][0] if prefixes else ""
+
+
+def select(block: csr_matrix, columns: NDArray[np.int32], n_genes: int) -> csr_matrix:
+    """The block's counts over the chosen genes: (cells, genes) uint32, indices increasing within a cell.
+
+    `columns` comes from `GeneMatch.columns`. One pass over the non-zeros: at 2,000 of 20,000 genes scipy's
+    `block[:, genes]` takes several times as long, and most of it goes into genes that are thrown away.
+    """
+    indices = block.indices.astype(np.int32, copy=False)
+    indptr = block.indptr.astype(np.int64, copy=False)
+    kept_indptr = _count_kept(indptr, indices, columns)
+    kept = np.empty(kept_indptr[-1], np.int32)
+    counts = np.empty(kept_indptr[-1], np.uint32)
+    _fill_kept(indptr, indices, block.data.astype(np.uint32, copy=False), columns, kept, counts)
+    used = columns[columns >= 0]
+    chosen = csr_matrix((counts, kept, kept_indptr), shape=(len(indptr) - 1, n_genes))
+    if (np.diff(used) < 0).any():  # the file has the genes in another order than the reference
+        chosen.sort_indices()
+    return chosen
+
+
+@numba.njit(nogil=True, cache=True)
+def _count_kept(indptr, indices, columns):  # type: ignore[no-untyped-def]  # pragma: no cover
+    kept = np.zeros(len(indptr), np.int64)
+    for cell in range(len(indptr) - 1):
+        n = 0
+        for j in range(indptr[cell], indptr[cell + 1]):
+            n += columns[indices[j]] >= 0
+        kept[cell + 1] = kept[cell] + n
+    return kept
+
+
+@numba.njit(nogil=True, cache=True)
+def _fill_kept(indptr, indices, data, columns, kept, counts):  # type: ignore[no-untyped-def]  # pragma: no cover
+    at = 0
+    for j in range(indptr[0], indptr[-1]):
+        gene = columns[indices[j]]
+        if gene >= 0:
+            kept[at] = gene
+            counts[at] = data[j]
+            at += 1

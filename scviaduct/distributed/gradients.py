@@ -1,0 +1,92 @@
+"""One backward pass of the global batch, in the quick way or in the way whose bits do not depend on the workers.
+
+Quick: every rank computes on its cells at once, and DistributedDataParallel averages. Ranks may hold batches that differ
+by a few cells, so each loss is weighted by its cells: the mean over ranks is then the mean over the global batch.
+
+Deterministic: every lane is computed by itself, the lanes' gradients are gathered, and added in lane order. A lane holds
+the same cells on whatever rank it lies, so the sum has the same bits for 1, 2 or 16 workers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import fields, replace
+
+import torch
+from torch import Tensor, nn
+
+from scviaduct.distributed.workers import Workers
+from scviaduct.models.base import Losses, Model
+from scviaduct.schema import Batch
+from scviaduct.storage.loader import BlockSource, Loader
+from scviaduct.storage.sampler import Sampler
+
+
+def backward(
+    net: nn.Module, batch: Batch, kl_weight: float, n_global: int, workers: Workers, deterministic: bool
+) -> Tensor:
+    """Leave the gradient of the global batch's mean loss in the parameters.
+
+    Returns this rank's sums over its cells: loss, reconstruction, kl, cells (float64).
+    """
+    if deterministic:
+        return _lane_by_lane(net, batch, kl_weight, n_global, workers)
+    losses = net(batch, kl_weight=kl_weight)
+    (losses.loss * (batch.n_cells * workers.world_size / n_global)).backward()
+    return _sums(losses)
+
+
+def evaluate(model: Model, source: BlockSource, held_out: Sampler, workers: Workers, deterministic: bool) -> Tensor:
+    """Sums of loss, reconstruction, kl and cells over the held-out cells of all workers, in eval mode.
+
+    The order and the noise are those of epoch 0 every time, so that epochs differ by the model alone.
+    """
+    model.eval()
+    sums = torch.zeros(4, dtype=torch.float64)
+    loader = Loader(source, held_out, rank=workers.rank, world_size=workers.world_size)
+    with torch.inference_mode(), loader.epoch(0) as batches:
+        for batch in batches:
+            for part in lanes(batch) if deterministic else [batch]:
+                if part.n_cells:
+                    sums += _sums(model(part, kl_weight=1.0))
+    return workers.total(sums)
+
+
+def lanes(batch: Batch) -> Iterator[Batch]:
+    """The lanes of a batch as batches of their own."""
+    per_cell = [f.name for f in fields(batch) if f.name not in {"n_genes", "indptr", "indices", "data", "lanes"}]
+    for start, stop in zip(batch.lanes[:-1], batch.lanes[1:], strict=True):
+        begin, end = batch.indptr[start], batch.indptr[stop]
+        yield replace(
+            batch,
+            indptr=batch.indptr[start : stop + 1] - begin,
+            indices=batch.indices[begin:end],
+            data=batch.data[begin:end],
+            lanes=batch.lanes[:0],
+            **{name: getattr(batch, name)[start:stop] for name in per_cell if getattr(batch, name).size},
+        )
+
+
+def _sums(losses: Losses) -> Tensor:
+    n = losses.n_cells
+    parts = (losses.loss.detach() * n, losses.reconstruction, losses.kl)
+    return torch.tensor([*(float(part) for part in parts), n], dtype=torch.float64)
+
+
+def _lane_by_lane(net: nn.Module, batch: Batch, kl_weight: float, n_global: int, workers: Workers) -> Tensor:
+    parameters = [p for p in net.parameters() if p.requires_grad]
+    sums, rows = torch.zeros(4, dtype=torch.float64), []
+    for lane in lanes(batch):
+        if lane.n_cells == 0:
+            rows.append(torch.zeros(sum(p.numel() for p in parameters)))
+            continue
+        losses = net(lane, kl_weight=kl_weight)
+        gradients = torch.autograd.grad(losses.loss * (lane.n_cells / n_global), parameters)
+        rows.append(torch.cat([g.reshape(-1) for g in gradients]))
+        sums += _sums(losses)
+    total = torch.zeros_like(rows[0])
+    for row in workers.stacked(torch.stack(rows)):
+        total += row
+    for parameter, gradient in zip(parameters, total.split([p.numel() for p in parameters]), strict=True):
+        parameter.grad = gradient.reshape(parameter.shape)
+    return sums

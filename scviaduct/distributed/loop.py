@@ -1,0 +1,191 @@
+"""The training loop: one function, the same for one process and for many, for references and for surgery.
+
+What distribution adds to it are the four numbered marks; everything else is the loop one would write on a laptop.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from scviaduct.distributed.celllog import CellLog
+from scviaduct.distributed.checkpoint import Checkpoints, Progress
+from scviaduct.distributed.config import FitConfig
+from scviaduct.distributed.gradients import backward, evaluate
+from scviaduct.distributed.workers import Workers
+from scviaduct.errors import ConfigError, DataError
+from scviaduct.models.base import Model
+from scviaduct.schema import Batch
+from scviaduct.storage.loader import BlockSource, Loader
+from scviaduct.storage.sampler import Sampler, Split
+
+PLATEAU_FACTOR, PLATEAU_PATIENCE = 0.6, 30  # scvi-tools' ReduceLROnPlateau
+
+
+@dataclass(frozen=True)
+class Hooks:
+    """Where a run leaves its traces; the default leaves none (surgery in memory)."""
+
+    checkpoints: Checkpoints | None = None
+    cells: CellLog | None = None
+    on_epoch: Callable[[dict[str, float]], None] = lambda record: None
+
+
+def fit(
+    model: Model, source: BlockSource, config: FitConfig, workers: Workers | None = None, hooks: Hooks | None = None
+) -> Progress:
+    """Train the parameters of `model` on `source`; afterwards the model holds the result.
+
+    Under early stopping that is the best epoch. The progress returned has one history record per epoch: elbo_train and
+    elbo_validation (nats per cell, KL unweighted), loss, reconstruction, kl, kl_weight, seconds, cells_per_second, data_wait
+    (share of the time spent waiting for data).
+
+    Raises:
+        ConfigError: sizes that cannot work together.
+        DataError: the loss is not finite; names the step and cells.
+    """
+    workers, hooks = workers or Workers.current(), hooks or Hooks()  # [1] which of how many processes this is
+    train, held_out = _samplers(model, source, config, workers)
+    optimizer = torch.optim.Adam(
+        model.parameters(), lr=config.lr, eps=0.01, weight_decay=config.weight_decay, fused=True
+    )
+    progress = hooks.checkpoints.restore(model, optimizer, workers.rank) if hooks.checkpoints else Progress()
+    net = workers.wrap(model, config.deterministic)  # [2] backward averages gradients over the workers
+    loader = Loader(source, train, rank=workers.rank, world_size=workers.world_size)  # [3] my lanes only
+    saved = time.monotonic()
+
+    while progress.epoch < config.epochs_for(source.n_rows) and not progress.finished:
+        model.train()
+        watch, first = time.perf_counter(), progress.step
+        with loader.epoch(progress.epoch, first) as batches:
+            for batch in batches:
+                kl_weight = config.kl_weight(progress.epoch, progress.epoch * train.steps + progress.step)
+                optimizer.zero_grad(set_to_none=True)
+                sums = backward(net, batch, kl_weight, train.rows_at(progress.step), workers, config.deterministic)
+                _require_finite(sums, progress, batch)
+                if config.gradient_clip:
+                    nn.utils.clip_grad_norm_(model.parameters(), config.gradient_clip)
+                optimizer.step()
+                if hooks.cells:
+                    hooks.cells.write(progress.epoch, progress.step, batch.rows)
+                progress.sums += sums
+                progress.step += 1
+                if progress.step < train.steps and _due(hooks, saved, progress.step, workers):
+                    _save(hooks, model, optimizer, progress, train, workers)  # [4] sums are everybody's, rank 0 writes
+                    saved = time.monotonic()
+
+        seconds = time.perf_counter() - watch
+        record = _means(workers.total(progress.sums), "_train") | {"kl_weight": kl_weight, "lr": _lr(optimizer)}
+        if held_out:
+            record |= _means(evaluate(model, source, held_out, workers, config.deterministic), "_validation")
+        record |= {"epoch": progress.epoch, "seconds": seconds, "data_wait": batches.waited / seconds}
+        record["cells_per_second"] = train.n_kept * (train.steps - first) / train.steps / seconds
+        progress.close_epoch(record)
+        _judge(progress, record, config, model, optimizer)
+        if workers.rank == 0:
+            hooks.on_epoch(record)
+        progress.finished |= progress.epoch >= config.epochs_for(source.n_rows)
+        if progress.finished or _due(hooks, saved, 0, workers):
+            _save(hooks, model, optimizer, progress, train, workers)
+            saved = time.monotonic()
+
+    if progress.best_weights:
+        model.load_state_dict(progress.best_weights)
+    return progress
+
+
+def _samplers(
+    model: Model, source: BlockSource, config: FitConfig, workers: Workers
+) -> tuple[Sampler, Sampler | None]:
+    """The plan of the training cells and of the held-out ones, refusing sizes that cannot work together."""
+    if config.deterministic and model.couples_cells:
+        raise ConfigError(
+            "--deterministic computes lane by lane, but batch norm mixes the cells of a batch; use --preset scarches, "
+            "or --set use_batch_norm=none --set use_layer_norm=both."
+        )
+    if source.n_rows < 4 * workers.world_size:
+        raise ConfigError(f"{source.n_rows} cells are too few for {workers.world_size} workers; use --workers 1.")
+
+    def sampler(part: str) -> Sampler:
+        return Sampler(
+            n_rows=source.n_rows,
+            block_rows=source.block_rows,
+            batch_size=config.batch_size,
+            seed=config.seed,
+            n_lanes=config.n_lanes,
+            split=Split(config.validation_size, config.seed),
+            part=part,  # type: ignore[arg-type]
+        )
+
+    return sampler("train"), sampler("validation") if config.validation_size else None
+
+
+def _means(sums: Tensor, suffix: str) -> dict[str, float]:
+    """Per-cell means of (loss, reconstruction, kl, cells)."""
+    loss, reconstruction, kl, cells = sums.tolist()
+    means = {"elbo": reconstruction + kl, "loss": loss, "reconstruction": reconstruction, "kl": kl}
+    return {name + suffix: value / cells for name, value in means.items()}
+
+
+def _lr(optimizer: torch.optim.Optimizer) -> float:
+    return float(optimizer.param_groups[0]["lr"])
+
+
+def _require_finite(sums: Tensor, progress: Progress, batch: Batch) -> None:
+    if not bool(torch.isfinite(sums).all()):
+        raise DataError(
+            f"The loss became {float(sums[0])} at epoch {progress.epoch}, step {progress.step} (cells at rows "
+            f"{batch.rows[:5].tolist()}… of the view). The last checkpoint is intact. Usual causes: a learning rate that is "
+            f"too high (try --lr 1e-4), extreme counts, or covariates that are not finite."
+        )
+
+
+def _due(hooks: Hooks, saved: float, step: int, workers: Workers) -> bool:
+    """Whether rank 0's clock says that a checkpoint is due; asked every 16 steps, as the answer is a collective."""
+    if not hooks.checkpoints or step % 16:
+        return False
+    mine = time.monotonic() - saved >= hooks.checkpoints.seconds
+    return bool(workers.total(torch.tensor([float(mine and workers.rank == 0)])) > 0)
+
+
+def _save(
+    hooks: Hooks, model: Model, optimizer: torch.optim.Optimizer, progress: Progress, train: Sampler, workers: Workers
+) -> None:
+    if not hooks.checkpoints:
+        return
+    sums = workers.total(progress.sums.clone())
+    if workers.rank == 0:
+        position = progress.epoch * train.steps + progress.step
+        hooks.checkpoints.save(model, optimizer, progress, sums, position)
+    workers.barrier()
+
+
+def _judge(
+    progress: Progress, record: dict[str, float], config: FitConfig, model: Model, optimizer: torch.optim.Optimizer
+) -> None:
+    """Early stopping and learning-rate plateau, from the validation elbo (the training elbo without validation)."""
+    value = record.get("elbo_validation", record["elbo_train"])
+    improved = progress.best is None or value < progress.best - config.early_stopping_min_delta
+    if improved:
+        progress.best, progress.best_epoch, progress.plateau_epochs = value, progress.epoch - 1, 0
+        if config.early_stopping:
+            progress.best_weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    else:
+        progress.plateau_epochs += 1
+    stale = progress.epoch - 1 - progress.best_epoch
+    progress.finished = config.early_stopping and stale >= config.early_stopping_patience
+    if config.reduce_lr_on_plateau and progress.plateau_epochs > PLATEAU_PATIENCE:
+        progress.plateau_epochs = 0
+        optimizer.param_groups[0]["lr"] *= PLATEAU_FACTOR
+
+
+def embed(model: Model, batches: Iterator[Batch]) -> Iterator[tuple[Batch, Tensor]]:
+    """Posterior means of batches of cells, (cells, n_latent) each, in eval mode."""
+    model.eval()
+    with torch.inference_mode():
+        for batch in batches:
+            yield batch, model.encode(batch)[0]

@@ -1,0 +1,269 @@
+"""`map`: N queries onto one reference, each by surgery of its own, at the same time when asked; one failure stops none.
+
+Per query: align genes by name and audit the counts (storage/query.py), add its batches as new categories, train only
+their columns, embed, transfer labels, write a copy of the query's file with the results.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import shutil
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from numpy.typing import NDArray
+
+from scviaduct.distributed.bundle import Bundle, build
+from scviaduct.distributed.cluster import ray_cluster
+from scviaduct.distributed.config import MapConfig
+from scviaduct.distributed.files import refuse_existing
+from scviaduct.distributed.loop import embed, fit
+from scviaduct.distributed.tracking import Tracker, fetch_model, flat
+from scviaduct.distributed.transfer import Neighbours, Transferred
+from scviaduct.errors import ConfigError, DataError, ScviaductError
+from scviaduct.models.base import Model
+from scviaduct.models.surgery import extend
+from scviaduct.storage.loader import MemorySource, stream
+from scviaduct.storage.query import Query, read_query
+from scviaduct.storage.results import write_result
+
+log = logging.getLogger(__name__)
+
+NOT_MAPPED = "not mapped"
+"""Label of cells without a single count on the reference's genes."""
+
+
+@dataclass(frozen=True)
+class Mapped:
+    """What became of one query: a row of summary.csv."""
+
+    query: str
+    status: str = "failed"
+    """"mapped" or "failed"."""
+    cells: int = 0
+    mapped: int = 0
+    """Cells with at least one count on the reference's genes."""
+    genes_matched: int = 0
+    genes: int = 0
+    """Genes of the reference."""
+    uncertainty: float = float("nan")
+    """Mean uncertainty of the transferred labels."""
+    epochs: int = 0
+    seconds: float = 0.0
+    message: str = ""
+    history: list[dict[str, float]] = field(default_factory=list, repr=False)
+    wrong_input: bool = False
+    """The failure lies in the file, not in the program."""
+
+    def row(self) -> dict[str, Any]:
+        """The columns of summary.csv."""
+        hidden = {"history", "wrong_input"}
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in hidden}
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A bundle's content as plain arrays, which Ray shares between tasks without copies."""
+
+    facts: dict[str, Any]
+    weights: dict[str, NDArray[Any]]
+    latent: NDArray[np.float32]
+    labels: NDArray[np.integer[Any]] | None
+
+    @classmethod
+    def of(cls, bundle: Bundle) -> Reference:
+        """Read a bundle."""
+        weights = {name: tensor.numpy() for name, tensor in bundle.weights().items()}
+        return cls(bundle.facts, weights, np.asarray(bundle.latent()), bundle.labels())
+
+    def model(self) -> Model:
+        """A model of its own."""
+        return build(self.facts, {name: torch.tensor(array) for name, array in self.weights.items()})
+
+
+def map(
+    model: str | Path,
+    queries: Sequence[str | Path],
+    config: MapConfig,
+    *,
+    on_result: Callable[[Mapped], None] = lambda result: None,
+) -> pd.DataFrame:
+    """Map query files onto a model (a run, a bundle, or models:/name@alias) and return the summary, one row a query.
+
+    Writes `config.out`/<query>.h5ad for every query that succeeds, and summary.csv.
+
+    Raises:
+        UnreadableFileError, IncompleteError: `model` is no (whole) model.
+        OutputExistsError: `config.out` exists.
+        ConfigError: no query, or two with the same name.
+        DataError: not one query could be mapped; nothing is left at `config.out`.
+    """
+    config = dataclasses.replace(config, out=refuse_existing(Path(config.out).absolute()))
+    paths = _named_once(queries)
+    bundle = Bundle.open(fetch_model(str(model), config.tracking) if str(model).startswith("models:/") else model)
+    tracker = Tracker(config.tracking)
+    config.out.mkdir(parents=True)
+    try:
+        training = bundle.facts["training"]
+        tags = {"model": str(model), "view_digest": training["view_digest"], "trained_by": str(training["mlflow_run"])}
+        options = {k: v for k, v in asdict(config).items() if k != "out"}
+        tracker.start(f"map {config.out.name}", flat(options) | {"queries": len(paths)}, tags)
+        with tracker.closing():
+            results = []
+            for result in _results(Reference.of(bundle), paths, config):
+                results.append(result)
+                _track(result, tracker, config)
+                on_result(result)
+            summary = _summary(results, paths)
+            if not (summary["status"] == "mapped").any():
+                raise _nothing_mapped(results)
+            summary.to_csv(config.out / "summary.csv", index=False)
+            tracker.artifacts(config.out / "summary.csv", "")
+    except BaseException:
+        if not list(config.out.glob("*.h5ad")):
+            shutil.rmtree(config.out)
+        raise
+    return summary
+
+
+def _named_once(queries: Sequence[str | Path]) -> list[Path]:
+    paths = [Path(q).absolute() for q in queries]
+    stems = [p.stem for p in paths]
+    twice = sorted({s for s in stems if stems.count(s) > 1})
+    if not paths:
+        raise ConfigError("Give at least one query file.")
+    if twice:
+        raise ConfigError(f"Results are named after the queries, but {twice[0]!r} occurs {stems.count(twice[0])} times; rename.")
+    return paths
+
+
+def _results(reference: Reference, paths: list[Path], config: MapConfig) -> Iterator[Mapped]:
+    """Each query's result as it is ready."""
+    if config.workers == 1 and not config.address:
+        for path in paths:
+            yield map_one(reference, path, config)
+        return
+    with ray_cluster(config.address, config.workers):
+        yield from _on_ray(reference, paths, config)
+
+
+def _on_ray(reference: Reference, paths: list[Path], config: MapConfig) -> Iterator[Mapped]:
+    """At most `workers` queries at a time as Ray tasks; the reference travels once, through the object store."""
+    import ray
+
+    task = ray.remote(num_cpus=1, max_retries=1)(map_one)
+    shared, todo, running = ray.put(reference), list(reversed(paths)), {}
+    while todo or running:
+        while todo and len(running) < config.workers:
+            path = todo.pop()
+            running[task.remote(shared, path, config)] = path
+        done, _ = ray.wait(list(running), num_returns=1)
+        path = running.pop(done[0])
+        try:
+            yield ray.get(done[0])
+        except ray.exceptions.RayError as error:  # the process died; its neighbours go on
+            yield Mapped(path.stem, message=f"The worker was lost: {type(error).__name__}. Map this query again.")
+
+
+def map_one(reference: Reference, path: Path, config: MapConfig) -> Mapped:
+    """Map one query file; what goes wrong is told in the result, never raised."""
+    begin = time.perf_counter()
+    try:
+        result = _map_one(reference, path, config)
+    except ScviaductError as error:
+        result = Mapped(path.stem, message=str(error), wrong_input=isinstance(error, DataError))
+    except Exception as error:  # noqa: BLE001 - one query's failure must not end the others
+        log.error("Mapping %s failed:\n%s", path, traceback.format_exc())
+        result = Mapped(path.stem, message=f"{type(error).__name__}: {error} (please report this)")
+    return dataclasses.replace(result, seconds=round(time.perf_counter() - begin, 2))
+
+
+def _map_one(reference: Reference, path: Path, config: MapConfig) -> Mapped:
+    model = reference.model()
+    torch.set_num_threads(config.fit.threads or max(1, torch.multiprocessing.cpu_count() // config.workers))
+    query = read_query(
+        path,
+        model.schema,
+        counts=config.counts,
+        batch_key=config.batch_key,
+        one_batch=config.one_batch,
+        reuse_batches=config.reuse_batches,
+        min_genes=config.min_genes,
+    )
+    torch.manual_seed(config.fit.seed)
+    adapted = extend(model, query.schema)
+    source = MemorySource(query.batch)
+    history = fit(adapted, source, config.fit).history if adapted.query_parameters() else []
+    with stream(source) as blocks:
+        latent = np.concatenate([z.cpu().numpy() for _, z in embed(adapted, iter(blocks))])
+    labelled = _transfer(reference, model, latent, config)
+    write_result(path, config.out / f"{path.stem}.h5ad", **_columns(model, query, latent, labelled, config))
+    return Mapped(
+        query=path.stem,
+        status="mapped",
+        cells=query.n_obs,
+        mapped=len(query.kept),
+        genes_matched=query.match.n_matched,
+        genes=len(model.schema.genes),
+        uncertainty=round(float(labelled.uncertainty.mean()), 4) if labelled else float("nan"),
+        epochs=len(history),
+        history=history,
+    )
+
+
+def _transfer(
+    reference: Reference, model: Model, latent: NDArray[np.float32], config: MapConfig
+) -> Transferred | None:
+    if model.schema.labels is None or reference.labels is None:
+        return None
+    return Neighbours(reference.latent, reference.labels, config.n_neighbors).transfer(latent)
+
+
+def _columns(
+    model: Model, query: Query, latent: NDArray[np.float32], labelled: Transferred | None, config: MapConfig
+) -> dict[str, dict[str, Any]]:
+    """The obsm and obs entries of the result, over all cells of the file in its own order."""
+    whole = np.full((query.n_obs, latent.shape[1]), np.nan, np.float32)
+    whole[query.kept] = latent
+    obs: dict[str, Any] = {"ref_or_query": pd.Categorical(["query"] * query.n_obs)}
+    if labelled and model.schema.labels:
+        labels = model.schema.labels
+        names = np.full(query.n_obs, NOT_MAPPED, object)
+        names[query.kept] = labelled.named(labels.categories, config.max_uncertainty)
+        uncertainty = np.ones(query.n_obs, np.float32)
+        uncertainty[query.kept] = labelled.uncertainty
+        obs |= {f"{labels.key}_pred": pd.Categorical(names), f"{labels.key}_uncertainty": uncertainty}
+    return {"obsm": {model.obsm_key: whole}, "obs": obs}
+
+
+def _track(result: Mapped, tracker: Tracker, config: MapConfig) -> None:
+    """One child run a query."""
+    if not tracker.run_id:
+        return
+    child = Tracker(config.tracking)
+    child.start(f"query {result.query}", {"query": result.query}, {"message": result.message}, parent=tracker.run_id)
+    for record in result.history:
+        child.metrics(int(record["epoch"]), record)
+    numbers = {k: v for k, v in result.row().items() if isinstance(v, (int, float)) and v == v}
+    child.metrics(0, numbers)
+    child.end("FINISHED" if result.status == "mapped" else "FAILED")
+
+
+def _summary(results: list[Mapped], paths: list[Path]) -> pd.DataFrame:
+    """One row a query, in the order they were given."""
+    by_name = {r.query: r.row() for r in results}
+    return pd.DataFrame([by_name[p.stem] for p in paths])
+
+
+def _nothing_mapped(results: list[Mapped]) -> ScviaductError:
+    kind = DataError if all(r.wrong_input for r in results) else ScviaductError
+    lines = "\n".join(f"  {r.query}: {r.message}" for r in results)
+    return kind(results[0].message if len(results) == 1 else f"Not one of {len(results)} queries could be mapped:\n{lines}")

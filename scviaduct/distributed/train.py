@@ -1,0 +1,224 @@
+"""`train`: a view of an atlas becomes a model bundle, in this process or on many, tracked and resumable.
+
+    out/run.json        configuration, identity of the data, MLflow run; decides what --resume continues
+        history.jsonl   one line an epoch, written by rank 0 and followed by the driver
+        checkpoints/    see checkpoint.py
+        cells/          which cells each step saw, on request
+        bundle/         the finished model; present = the run is done
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from scviaduct.distributed.bundle import Bundle
+from scviaduct.distributed.celllog import CellLog
+from scviaduct.distributed.checkpoint import Checkpoints
+from scviaduct.distributed.config import TrainConfig
+from scviaduct.distributed.files import read_json, refuse_existing, write_json
+from scviaduct.distributed.follow import Follower
+from scviaduct.distributed.launch import run_on_workers
+from scviaduct.distributed.loop import Hooks, embed, fit
+from scviaduct.distributed.options import model_config
+from scviaduct.distributed.tracking import Tracker, flat
+from scviaduct.distributed.workers import Workers
+from scviaduct.errors import ConfigError
+from scviaduct.models import model_class
+from scviaduct.models.base import Model
+from scviaduct.schema import Schema
+from scviaduct.storage.loader import BlockSource, stream
+from scviaduct.storage.view import View
+
+OnEpoch = Callable[[dict[str, float]], None]
+
+_FREE_ON_RESUME = {"out", "workers", "address", "resume", "checkpoint_seconds", "max_failures", "tracking", "log_cells"}
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every worker needs to know, small and picklable: paths and options, no arrays."""
+
+    atlas: str
+    config: TrainConfig
+    schema: Schema
+    model_options: dict[str, Any]
+
+    @property
+    def out(self) -> Path:
+        """The run's folder."""
+        return self.config.out
+
+
+def train(atlas: str | Path, config: TrainConfig, *, on_epoch: OnEpoch | None = None) -> Bundle:
+    """Train a model on a view of `atlas` and return its bundle; `on_epoch` receives one record of numbers an epoch.
+
+    Raises:
+        OutputExistsError: `config.out` exists and this is no resume.
+        ConfigError: options that are unknown, make no sense together, or differ from the run that is resumed.
+        MissingColumnError, DataError: a covariate is not in the view, or has missing values.
+        IncompleteError: the atlas or its view is not whole.
+    """
+    atlas, config = Path(atlas).absolute(), dataclasses.replace(config, out=Path(config.out).absolute())
+    if not config.resume:
+        refuse_existing(config.out)
+    else:
+        config = _as_started(config)
+        if (config.out / "bundle").exists():
+            return Bundle.open(config.out)
+    view = View.open(atlas, config.view)
+    schema = _schema(view, config)
+    kind = model_class(config.model)
+    options = model_config(kind, config.preset, config.set)
+    kind(schema, options)  # options that do not fit the data fail here, before anything is written
+    job = Job(str(atlas), config, schema, asdict(options))
+    tracker = _open_run(job, view)
+    with tracker.closing(), Follower(config.out / "history.jsonl", [*_listeners(tracker), *([on_epoch] if on_epoch else [])]):
+        run_on_workers(work, job, config)
+        bundle = _bundle(job, view, tracker)
+    return bundle
+
+
+def work(job: Job) -> None:
+    """One worker's part of the run: train, then embed its share of the reference."""
+    config, workers = job.config, Workers.current()
+    torch.set_num_threads(_threads(config))
+    source = View.open(job.atlas, config.view).source(job.schema)
+    torch.manual_seed(config.fit.seed)
+    kind = model_class(config.model)
+    model = kind(job.schema, kind.Config(**job.model_options))
+    attempt = _next_attempt(job.out, workers)
+    hooks = Hooks(
+        checkpoints=Checkpoints(job.out / "checkpoints", config.checkpoint_seconds),
+        cells=CellLog(job.out / "cells", workers.rank, attempt) if config.log_cells else None,
+        on_epoch=lambda record: _append(job.out / "history.jsonl", record),
+    )
+    fit(model, source, config.fit, workers, hooks)
+    _embed_reference(model, source, job, workers)
+
+
+def _schema(view: View, config: TrainConfig) -> Schema:
+    return view.schema(
+        batch_key=config.batch_key,
+        labels_key=config.labels_key,
+        unlabeled_category=config.unlabeled_category,
+        categorical_covariate_keys=config.categorical_covariate_keys,
+        continuous_covariate_keys=config.continuous_covariate_keys,
+        size_factor_key=config.size_factor_key,
+    )
+
+
+def _threads(config: TrainConfig) -> int:
+    if config.fit.threads:
+        return config.fit.threads
+    return 1 if config.fit.deterministic else max(1, torch.multiprocessing.cpu_count() // config.workers)
+
+
+def _as_started(config: TrainConfig) -> TrainConfig:
+    """The configuration of the run in `out`, refusing options that contradict it."""
+    file = config.out / "run.json"
+    if not file.is_file():
+        raise ConfigError(f"There is no run to resume in {config.out}; leave --resume out to start one.")
+    started = TrainConfig.from_dict(read_json(file)["config"])
+    default, clash = TrainConfig(out=config.out), []
+    for field in dataclasses.fields(config):
+        now, then = getattr(config, field.name), getattr(started, field.name)
+        if field.name not in _FREE_ON_RESUME and now not in (then, getattr(default, field.name)):
+            clash.append(f"{field.name}: the run has {then}, now {now}")
+    if clash:
+        raise ConfigError(f"The run in {config.out} was started with other options: {'; '.join(clash)}.")
+    return dataclasses.replace(started, **{name: getattr(config, name) for name in _FREE_ON_RESUME})
+
+
+def _open_run(job: Job, view: View) -> Tracker:
+    """Make the run's folder and its MLflow run, or find them again."""
+    config, tracker = job.config, Tracker(job.config.tracking)
+    if config.resume:
+        record = read_json(job.out / "run.json")
+        if record["view_digest"] != view.digest:
+            raise ConfigError(f"The view {config.view!r} of {job.atlas} is not the one the run in {job.out} was started on.")
+        tracker.resume(record["mlflow_run"])
+        return tracker
+    tags = {"atlas": job.atlas, "view": view.name, "view_digest": view.digest, "schema_digest": job.schema.digest}
+    tracker.start(f"train {job.out.name}", flat(config.to_dict()) | {"n_cells": view.n_rows}, tags)
+    tracker.dataset(Path(job.atlas).name, job.atlas, view.digest, {"cells": view.n_rows, "genes": len(view.genes)})
+    job.out.mkdir(parents=True)
+    facts = {"config": config.to_dict(), "atlas": job.atlas, "view_digest": view.digest, "mlflow_run": tracker.run_id}
+    write_json(job.out / "run.json", facts)
+    return tracker
+
+
+def _listeners(tracker: Tracker) -> list[OnEpoch]:
+    return [lambda record: tracker.metrics(int(record["epoch"]), record)]
+
+
+def _append(path: Path, record: dict[str, float]) -> None:
+    with path.open("a") as stream:
+        stream.write(json.dumps(record) + "\n")
+
+
+def _next_attempt(out: Path, workers: Workers) -> int:
+    """How often this run has been started, this time included; the same number on every rank."""
+    count = torch.zeros(1)
+    if workers.rank == 0:
+        file = out / "attempts.json"
+        count += (read_json(file) if file.exists() else 0) + 1
+        write_json(file, int(count))
+    return int(workers.total(count))
+
+
+def _embed_reference(model: Model, source: BlockSource, job: Job, workers: Workers) -> None:
+    """Write latents and labels of all reference cells, each rank its run of blocks."""
+    folder, n_latent = job.out / "reference.partial", model.config.n_latent
+    shapes = {"latent": ((source.n_rows, n_latent), np.float32)}
+    if job.schema.labels:
+        shapes["labels"] = ((source.n_rows,), np.int32)
+    if workers.rank == 0:
+        folder.mkdir(exist_ok=True)
+        for name, (shape, dtype) in shapes.items():
+            np.lib.format.open_memmap(folder / f"{name}.npy", "w+", dtype, shape).flush()
+    workers.barrier()
+    arrays = {name: np.lib.format.open_memmap(folder / f"{name}.npy", "r+") for name in shapes}
+    with stream(source, rank=workers.rank, world_size=workers.world_size) as blocks:
+        for batch, latent in embed(model, iter(blocks)):
+            arrays["latent"][batch.rows] = latent.cpu().numpy()
+            if job.schema.labels:
+                arrays["labels"][batch.rows] = batch.labels
+    for array in arrays.values():
+        array.flush()
+    workers.barrier()
+
+
+def _bundle(job: Job, view: View, tracker: Tracker) -> Bundle:
+    """The finished run's bundle, recorded in MLflow."""
+    config, partial = job.config, job.out / "reference.partial"
+    kind = model_class(config.model)
+    model = kind(job.schema, kind.Config(**job.model_options))
+    progress = Checkpoints(job.out / "checkpoints").finished(model)
+    reference = {f.stem: np.load(f, mmap_mode="r") for f in partial.glob("*.npy")}
+    facts = {
+        "model": config.model,
+        "name": config.name or job.out.name,
+        "training": {
+            "cells": view.n_rows,
+            "epochs": progress.epoch,
+            "best_epoch": progress.best_epoch,
+            "history": progress.history,
+            "config": config.to_dict(),
+            "view_digest": view.digest,
+            "mlflow_run": tracker.run_id,
+        },
+    }
+    bundle = Bundle.save(job.out / "bundle", model, facts, reference)
+    shutil.rmtree(partial)
+    tracker.artifacts(bundle.path, "bundle")
+    tracker.register(str(facts["name"]), {"view_digest": view.digest, "model": config.model})
+    return bundle

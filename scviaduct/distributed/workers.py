@@ -1,0 +1,53 @@
+"""The processes of one training run and the three things they say to each other."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch import distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+
+@dataclass(frozen=True)
+class Workers:
+    """This process's place among `world_size` equal ones; the default is a process of its own."""
+
+    rank: int = 0
+    world_size: int = 1
+
+    @classmethod
+    def current(cls) -> Workers:
+        """The place in torch's process group, when one is up."""
+        return cls(dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else cls()
+
+    def wrap(self, model: nn.Module, deterministic: bool = False) -> nn.Module:
+        """The model whose backward averages gradients over the workers; itself when alone or deterministic."""
+        if self.world_size == 1 or deterministic:
+            return model
+        # buffers need no broadcast at every step: batch norm's statistics are synchronised where they are made
+        return DistributedDataParallel(model, broadcast_buffers=False)
+
+    def total(self, values: Tensor) -> Tensor:
+        """The sum over all workers, on each of them."""
+        if self.world_size > 1:
+            dist.all_reduce(values)
+        return values
+
+    def stacked(self, rows: Tensor) -> Tensor:
+        """All workers' rows below each other in rank order; workers may bring different numbers of rows."""
+        if self.world_size == 1:
+            return rows
+        counts = [torch.zeros(1, dtype=torch.int64) for _ in range(self.world_size)]
+        dist.all_gather(counts, torch.tensor([len(rows)]))
+        most = int(max(counts))
+        padded = torch.cat([rows, rows.new_zeros(most - len(rows), *rows.shape[1:])])
+        parts = [torch.empty_like(padded) for _ in counts]
+        dist.all_gather(parts, padded)
+        return torch.cat([part[: int(n)] for part, n in zip(parts, counts, strict=True)])
+
+    def barrier(self) -> None:
+        """Wait until every worker is here."""
+        if self.world_size > 1:
+            dist.barrier()

@@ -1,0 +1,55 @@
+"""What a person sees while a job runs: a bar in a terminal, plain lines in a log file. Always on stderr."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+console = Console(stderr=True, highlight=False)
+output = Console(highlight=False, soft_wrap=True)
+
+_LINE_SECONDS = 10.0
+
+
+class Steps:
+    """Counts towards `total` with a remark; in a log file one line every ten seconds, and the last."""
+
+    def __init__(self, title: str, total: int | None = None) -> None:
+        self._title, self._total, self._done, self._remark, self._printed = title, total, 0, "", 0.0
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        self._bar = Progress(*columns, TextColumn("{task.fields[remark]}"), console=console, transient=True)
+        self._task = self._bar.add_task(title, total=total, remark="")
+
+    def __enter__(self) -> Steps:
+        if console.is_terminal:
+            self._bar.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: BaseException | TracebackType | None) -> None:
+        self._bar.stop()
+        if kind is None and self._done:
+            self._line()
+
+    def at(self, done: int, remark: str = "", total: int | None = None) -> None:
+        """Stand at `done`."""
+        self._done, self._remark, self._total = done, remark, total or self._total
+        self._bar.update(self._task, completed=done, total=self._total, remark=remark)
+        if not console.is_terminal and time.monotonic() - self._printed > _LINE_SECONDS:
+            self._line()
+
+    def _line(self) -> None:
+        self._printed = time.monotonic()
+        console.print(f"{self._title} {self._done}/{self._total or '?'} {self._remark}", markup=False)
+
+
+def epoch_remark(record: Mapping[str, float]) -> str:
+    """One epoch in a line."""
+    held_out = f" validation {record['elbo_validation']:.2f}" if "elbo_validation" in record else ""
+    return (
+        f"elbo {record['elbo_train']:.2f}{held_out} · {record['cells_per_second']:,.0f} cells/s · "
+        f"{record['data_wait']:.0%} waiting for data"
+    )

@@ -1,0 +1,27 @@
+"""`scviaduct train`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
+
+from scviaduct.distributed.config import TrainConfig
+from scviaduct.jobs.display import Steps, epoch_remark, output
+
+
+def command(atlas: Path, /, *, config: Annotated[TrainConfig, Parameter(name="*")]) -> int:
+    """Train a model on a view of an atlas; the result is a bundle in OUT/bundle and a version in MLflow's registry.
+
+    Args:
+        atlas: An atlas with a view made by prepare.
+    """
+    from scviaduct.distributed.train import train
+
+    with Steps("epoch", config.fit.max_epochs) as steps:
+        bundle = train(atlas, config, on_epoch=lambda r: steps.at(int(r["epoch"]) + 1, epoch_remark(r)))
+    facts = bundle.facts["training"]
+    output.print(f"{bundle.path}: {bundle.name} of {facts['cells']:,} cells after {facts['epochs']} epochs.")
+    output.print(f"Next: scviaduct map {config.out} QUERY.h5ad --out mapped", style="dim")
+    return 0

@@ -1,0 +1,54 @@
+"""Single-precision exp and log for numba loops, written so that LLVM turns them into vector instructions.
+
+numba calls libm once a number (about 5 ns); these polynomials (Cephes' expf and logf) cost 0.2-0.4 ns a number
+with AVX-512 and are right to 1.3e-7 relative.
+"""
+
+from __future__ import annotations
+
+import numba
+import numpy as np
+
+RELAXED = {"reassoc", "contract", "nsz", "arcp"}
+"""Sums may be reordered (needed to vectorise them); infinities and NaN keep their meaning."""
+
+_f = np.float32
+_LOG2E, _LN2_HIGH, _LN2_LOW = _f(1.44269504), _f(0.693359375), _f(-2.12194440e-4)
+_HALF, _ONE, _SQRT_HALF = _f(0.5), _f(1.0), _f(0.70710678)
+_MOST, _LEAST = _f(88.0), _f(-87.0)
+_E0, _E1, _E2 = _f(1.9875691500e-4), _f(1.3981999507e-3), _f(8.3334519073e-3)
+_E3, _E4, _E5 = _f(4.1665795894e-2), _f(1.6666665459e-1), _f(5.0000001201e-1)
+_L0, _L1, _L2 = _f(7.0376836292e-2), _f(-1.1514610310e-1), _f(1.1676998740e-1)
+_L3, _L4, _L5 = _f(-1.2420140846e-1), _f(1.4249322787e-1), _f(-1.6668057665e-1)
+_L6, _L7, _L8 = _f(2.0000714765e-1), _f(-2.4999993993e-1), _f(3.3333331174e-1)
+
+
+@numba.njit(nogil=True, cache=True, error_model="numpy", fastmath={"contract"})
+def exp(x: np.float32) -> np.float32:
+    """e**x; x is clamped to [-87, 88], where float32 ends."""
+    x = min(max(x, _LEAST), _MOST)
+    n = np.floor(x * _LOG2E + _HALF)
+    r = x - n * _LN2_HIGH - n * _LN2_LOW
+    p = ((((_E0 * r + _E1) * r + _E2) * r + _E3) * r + _E4) * r + _E5
+    power = np.int32((np.int32(n) + np.int32(127)) << np.int32(23))
+    return (p * r * r + r + _ONE) * power.view(np.float32)
+
+
+@numba.njit(nogil=True, cache=True, error_model="numpy", fastmath={"contract"})
+def log(x: np.float32) -> np.float32:
+    """Natural logarithm of a normal positive float32."""
+    bits = np.float32(x).view(np.int32)
+    exponent = np.int32((bits >> np.int32(23)) - np.int32(126))
+    m = np.int32((bits & np.int32(0x007FFFFF)) | np.int32(0x3F000000)).view(np.float32)
+    low = m < _SQRT_HALF
+    e = _f(np.int32(exponent - np.int32(1)) if low else exponent)
+    m = (m + m if low else m) - _ONE
+    z = m * m
+    y = ((((((((_L0 * m + _L1) * m + _L2) * m + _L3) * m + _L4) * m + _L5) * m + _L6) * m + _L7) * m + _L8) * m * z
+    return m + (y + e * _LN2_LOW - _HALF * z) + e * _LN2_HIGH
+
+
+@numba.njit(nogil=True, cache=True, error_model="numpy", fastmath={"contract"})
+def lost(r: np.float32, u: np.float32) -> np.float32:
+    """What rounding took from u = 1 + r; log1p(r) = log(u) + lost(r, u) / u. Strict: must not be simplified to 0."""
+    return r - (u - _ONE)
