@@ -1,13 +1,12 @@
 """What a user shares: a folder with weights, genes, categories and reference latents. No pickle; opening runs nothing.
 
-    model.safetensors      weights
-    model.json             format, model, config, schema, training facts, hashes; written last
-    reference/             latent.npy (cells x n_latent, float32), labels.npy (codes) for label transfer
+model.safetensors      weights
+model.json             format, model, config, schema, training facts, hashes; written last
+reference/             latent.npy (cells x n_latent, float32), labels.npy (codes) for label transfer
 """
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,11 +17,12 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 
 import scviaduct
-from scviaduct.distributed.files import read_json, whole_folder, write_json
+from scviaduct.distributed.files import whole_folder
 from scviaduct.errors import IncompleteError, UnreadableFileError
 from scviaduct.models import model_class
 from scviaduct.models.base import Model
 from scviaduct.schema import Schema
+from scviaduct.storage.manifest import file_digest, read_json, write_json_atomic
 
 FORMAT = 1
 _WEIGHTS, _FACTS = "model.safetensors", "model.json"
@@ -71,9 +71,9 @@ class Bundle:
                 "scviaduct": scviaduct.__version__,
                 "config": asdict(model.config),
                 "schema": model.schema.to_dict(),
-                "files": {str(f.relative_to(folder)): _sha256(f) for f in files},
+                "files": {str(f.relative_to(folder)): file_digest(f) for f in files},
             }
-            write_json(folder / _FACTS, record)
+            write_json_atomic(folder / _FACTS, record)
         return cls.open(path)
 
     def _verify(self) -> None:
@@ -81,7 +81,7 @@ class Bundle:
             file = self.path / name
             if not file.is_file():
                 raise IncompleteError(f"{self.path} lacks {name}; copy the whole folder again.")
-            if _sha256(file) != digest:
+            if file_digest(file) != digest:
                 raise IncompleteError(f"{file} is not the file the model was saved with (other sha256); copy it again.")
 
     @property
@@ -120,14 +120,11 @@ def build(facts: dict[str, Any], weights: dict[str, torch.Tensor]) -> Model:
     return model.eval()
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
 def _no_model(root: Path) -> Exception:
     if not root.exists():
-        return UnreadableFileError(f"{root} does not exist; a model is a run folder or a bundle made by `scviaduct train`.")
+        return UnreadableFileError(
+            f"{root} does not exist; a model is a run folder or a bundle made by `scviaduct train`."
+        )
     if (root / "run.json").exists():
         return IncompleteError(f"The run in {root} has not finished; continue it with `scviaduct train … --resume`.")
     return UnreadableFileError(

@@ -15,17 +15,18 @@ _FIELDS = ("epoch", "step", "row")
 
 
 class CellLog:
-    """Appends (epoch, step, row) to a file of this attempt and rank; each step is on the disk before the next."""
+    """Appends (epoch, step, row) to a file of this attempt and rank; a step's record is handed over before the next step."""
 
     def __init__(self, folder: Path, rank: int, attempt: int) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self._stream = (folder / f"attempt-{attempt:04d}.rank-{rank:04d}.i64").open("ab", buffering=0)
+        self._path = folder / f"attempt-{attempt:04d}.rank-{rank:04d}.i64"
 
     def write(self, epoch: int, step: int, rows: NDArray[np.int64]) -> None:
         """One step's rows of the training view."""
         record = np.empty((len(rows), 3), np.int64)
         record[:, 0], record[:, 1], record[:, 2] = epoch, step, rows
-        self._stream.write(record.tobytes())
+        with self._path.open("ab") as stream:
+            stream.write(record.tobytes())
 
 
 def read_cells(folder: Path) -> pd.DataFrame:
@@ -40,8 +41,8 @@ def read_cells(folder: Path) -> pd.DataFrame:
     for path in sorted(folder.glob("attempt-*.rank-*.i64")):
         raw = np.fromfile(path, np.int64)
         part = pd.DataFrame(raw[: len(raw) // 3 * 3].reshape(-1, 3), columns=list(_FIELDS))
-        attempt, rank = path.name.split(".")[:2]
-        parts.append(part.assign(attempt=int(attempt[8:]), rank=int(rank[5:])))
+        names = path.name.split(".")
+        parts.append(part.assign(attempt=int(names[0][8:]), rank=int(names[1][5:])))
     if not parts:
         return pd.DataFrame(columns=[*_FIELDS, "attempt", "rank"])
     cells = pd.concat(parts, ignore_index=True)

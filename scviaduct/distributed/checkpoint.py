@@ -1,9 +1,9 @@
 """Checkpoints: folders of safetensors and one readable JSON, whole or absent, no pickle.
 
-    checkpoints/step-000001200/model.safetensors      every tensor of the model
-                               optimizer.safetensors  Adam's moments
-                               best.safetensors       the best epoch's weights, under early stopping
-                               state.json             position, history, counters
+checkpoints/step-000001200/model.safetensors      every tensor of the model
+                           optimizer.safetensors  Adam's moments
+                           best.safetensors       the best epoch's weights, under early stopping
+                           state.json             position, history, counters
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from scviaduct.distributed.files import read_json, whole_folder, write_json
+from scviaduct.distributed.files import whole_folder
+from scviaduct.storage.manifest import read_json, write_json_atomic
 
 _PLAIN = ("epoch", "step", "history", "best", "best_epoch", "plateau_epochs", "finished")
 
@@ -78,7 +79,7 @@ class Checkpoints:
                 _write(progress.best_weights, temporary / "best.safetensors")
             plain = {name: getattr(progress, name) for name in _PLAIN}
             lr = optimizer.param_groups[0]["lr"]
-            write_json(temporary / "state.json", plain | {"sums": sums.tolist(), "lr": lr, "position": position})
+            write_json_atomic(temporary / "state.json", plain | {"sums": sums.tolist(), "lr": lr, "position": position})
         for old in self.names()[: -self.keep]:
             shutil.rmtree(old)
 

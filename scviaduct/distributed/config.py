@@ -82,7 +82,7 @@ class TrackingConfig:
     """Where MLflow keeps the record."""
 
     tracking_uri: str | None = None
-    """MLflow store. Default: $MLFLOW_TRACKING_URI, else mlflow.db (SQLite) in the working directory; "none" for none."""
+    """MLflow store. Default: $MLFLOW_TRACKING_URI, else SQLite in ./mlflow.db; "none" for no tracking."""
     experiment: str = "scviaduct"
     """MLflow experiment that holds the runs."""
 
@@ -137,7 +137,9 @@ class TrainConfig:
         if self.workers > self.fit.n_lanes:
             raise ConfigError(f"{self.workers} workers need --n-lanes {self.workers} or more (now {self.fit.n_lanes}).")
         if self.workers > 1 and self.fit.batch_size < 4 * self.workers:
-            raise ConfigError(f"batch_size {self.fit.batch_size} is too small for {self.workers} workers: 4 cells each.")
+            raise ConfigError(
+                f"batch_size {self.fit.batch_size} is too small for {self.workers} workers: 4 cells each."
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready record; `from_dict` is its inverse."""

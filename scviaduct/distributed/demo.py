@@ -14,8 +14,8 @@ from sklearn.metrics import accuracy_score, f1_score
 
 from scviaduct.distributed.bundle import Bundle
 from scviaduct.distributed.config import SURGERY_FIT, FitConfig, MapConfig, TrackingConfig, TrainConfig
-from scviaduct.distributed.files import refuse_existing
 from scviaduct.distributed.figures import before_and_after
+from scviaduct.distributed.files import refuse_existing
 from scviaduct.distributed.map import map
 from scviaduct.distributed.train import train
 from scviaduct.storage.convert import convert
@@ -53,7 +53,8 @@ def demo(
     Raises:
         OutputExistsError: `out` exists.
     """
-    out, seconds = refuse_existing(Path(out).absolute()), {}
+    out = refuse_existing(Path(out).absolute())
+    seconds: dict[str, float] = {}
     tracking = TrackingConfig(tracking_uri=f"sqlite:///{out / 'mlflow.db'}", experiment="demo")
 
     def stage(name: str, sentence: str) -> Callable[[], None]:

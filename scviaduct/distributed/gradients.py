@@ -1,10 +1,10 @@
 """One backward pass of the global batch, in the quick way or in the way whose bits do not depend on the workers.
 
-Quick: every rank computes on its cells at once, and DistributedDataParallel averages. Ranks may hold batches that differ
-by a few cells, so each loss is weighted by its cells: the mean over ranks is then the mean over the global batch.
+Quick: every rank computes on its cells at once, and DistributedDataParallel averages. Ranks may hold batches that
+differ by a few cells, so each loss is weighted by its cells: the mean over ranks is then the mean over the global batch.
 
-Deterministic: every lane is computed by itself, the lanes' gradients are gathered, and added in lane order. A lane holds
-the same cells on whatever rank it lies, so the sum has the same bits for 1, 2 or 16 workers.
+Deterministic: every lane is computed by itself, the lanes' gradients are gathered, and added in lane order. A lane
+holds the same cells on whatever rank it lies, so the sum has the same bits for 1, 2 or 16 workers.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from scviaduct.storage.sampler import Sampler
 
 
 def backward(
-    net: nn.Module, batch: Batch, kl_weight: float, n_global: int, workers: Workers, deterministic: bool
+    net: nn.Module, batch: Batch, kl_weight: float, n_global: int, workers: Workers, *, deterministic: bool
 ) -> Tensor:
     """Leave the gradient of the global batch's mean loss in the parameters.
 
@@ -36,7 +36,7 @@ def backward(
     return _sums(losses)
 
 
-def evaluate(model: Model, source: BlockSource, held_out: Sampler, workers: Workers, deterministic: bool) -> Tensor:
+def evaluate(model: Model, source: BlockSource, held_out: Sampler, workers: Workers, *, deterministic: bool) -> Tensor:
     """Sums of loss, reconstruction, kl and cells over the held-out cells of all workers, in eval mode.
 
     The order and the noise are those of epoch 0 every time, so that epochs differ by the model alone.

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from scviaduct.distributed.cluster import ray_cluster
 from scviaduct.distributed.config import TrainConfig
-from scviaduct.distributed.files import read_json, write_json
 from scviaduct.errors import DataError, ScviaductError
+from scviaduct.storage.manifest import read_json, write_json_atomic
 
 if TYPE_CHECKING:
     from scviaduct.distributed.train import Job
@@ -22,8 +22,8 @@ COLLECTIVE_TIMEOUT_S = 600
 def run_on_workers(work: Callable[[Job], None], job: Job, config: TrainConfig) -> None:
     """Call `work(job)` on `config.workers` processes and return when all are done.
 
-    A lost worker restarts the group, which goes on from the newest checkpoint, `config.max_failures` times. An error that
-    would come again (bad data, bad options) is not tried again.
+    A lost worker restarts the group, which goes on from the newest checkpoint, `config.max_failures` times. An error
+    that would come again (bad data, bad options) is not tried again.
 
     Raises:
         ScviaductError: what `work` raised, or that workers were lost too often.
@@ -64,8 +64,8 @@ def _fit_on_ray(work: Callable[[Job], None], job: Job, config: TrainConfig) -> N
     except WorkerGroupError as error:
         causes = "; ".join(f"worker {rank}: {cause}" for rank, cause in error.worker_failures.items())
         raise ScviaductError(
-            f"Training in {job.out} was given up after {config.max_failures} restarts ({causes}). The last checkpoint is "
-            "intact; continue with --resume."
+            f"Training in {job.out} was given up after {config.max_failures} restarts ({causes}). The last checkpoint "
+            "is intact; continue with --resume."
         ) from error
 
 
@@ -77,5 +77,5 @@ def _on_worker(parts: dict[str, Any]) -> None:
     try:
         parts["work"](job)
     except ScviaductError as error:
-        write_json(refused, str(error))
+        write_json_atomic(refused, str(error))
         raise

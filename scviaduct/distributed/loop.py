@@ -41,20 +41,20 @@ def fit(
     """Train the parameters of `model` on `source`; afterwards the model holds the result.
 
     Under early stopping that is the best epoch. The progress returned has one history record per epoch: elbo_train and
-    elbo_validation (nats per cell, KL unweighted), loss, reconstruction, kl, kl_weight, seconds, cells_per_second, data_wait
-    (share of the time spent waiting for data).
+    elbo_validation (nats per cell, KL unweighted), loss, reconstruction, kl, kl_weight, seconds, cells_per_second,
+    data_wait (share of the time spent waiting for data).
 
     Raises:
         ConfigError: sizes that cannot work together.
         DataError: the loss is not finite; names the step and cells.
     """
     workers, hooks = workers or Workers.current(), hooks or Hooks()  # [1] which of how many processes this is
-    train, held_out = _samplers(model, source, config, workers)
+    train, held_out = samplers(model, source, config, workers)
     optimizer = torch.optim.Adam(
         model.parameters(), lr=config.lr, eps=0.01, weight_decay=config.weight_decay, fused=True
     )
     progress = hooks.checkpoints.restore(model, optimizer, workers.rank) if hooks.checkpoints else Progress()
-    net = workers.wrap(model, config.deterministic)  # [2] backward averages gradients over the workers
+    net = workers.wrap(model, deterministic=config.deterministic)  # [2] backward averages gradients over the workers
     loader = Loader(source, train, rank=workers.rank, world_size=workers.world_size)  # [3] my lanes only
     saved = time.monotonic()
 
@@ -65,7 +65,9 @@ def fit(
             for batch in batches:
                 kl_weight = config.kl_weight(progress.epoch, progress.epoch * train.steps + progress.step)
                 optimizer.zero_grad(set_to_none=True)
-                sums = backward(net, batch, kl_weight, train.rows_at(progress.step), workers, config.deterministic)
+                sums = backward(
+                    net, batch, kl_weight, train.rows_at(progress.step), workers, deterministic=config.deterministic
+                )
                 _require_finite(sums, progress, batch)
                 if config.gradient_clip:
                     nn.utils.clip_grad_norm_(model.parameters(), config.gradient_clip)
@@ -81,7 +83,9 @@ def fit(
         seconds = time.perf_counter() - watch
         record = _means(workers.total(progress.sums), "_train") | {"kl_weight": kl_weight, "lr": _lr(optimizer)}
         if held_out:
-            record |= _means(evaluate(model, source, held_out, workers, config.deterministic), "_validation")
+            record |= _means(
+                evaluate(model, source, held_out, workers, deterministic=config.deterministic), "_validation"
+            )
         record |= {"epoch": progress.epoch, "seconds": seconds, "data_wait": batches.waited / seconds}
         record["cells_per_second"] = train.n_kept * (train.steps - first) / train.steps / seconds
         progress.close_epoch(record)
@@ -98,9 +102,7 @@ def fit(
     return progress
 
 
-def _samplers(
-    model: Model, source: BlockSource, config: FitConfig, workers: Workers
-) -> tuple[Sampler, Sampler | None]:
+def samplers(model: Model, source: BlockSource, config: FitConfig, workers: Workers) -> tuple[Sampler, Sampler | None]:
     """The plan of the training cells and of the held-out ones, refusing sizes that cannot work together."""
     if config.deterministic and model.couples_cells:
         raise ConfigError(
@@ -139,8 +141,8 @@ def _require_finite(sums: Tensor, progress: Progress, batch: Batch) -> None:
     if not bool(torch.isfinite(sums).all()):
         raise DataError(
             f"The loss became {float(sums[0])} at epoch {progress.epoch}, step {progress.step} (cells at rows "
-            f"{batch.rows[:5].tolist()}… of the view). The last checkpoint is intact. Usual causes: a learning rate that is "
-            f"too high (try --lr 1e-4), extreme counts, or covariates that are not finite."
+            f"{batch.rows[:5].tolist()}… of the view). The last checkpoint is intact. Usual causes: a learning rate that "
+            f"is too high (try --lr 1e-4), extreme counts, or covariates that are not finite."
         )
 
 
@@ -188,4 +190,4 @@ def embed(model: Model, batches: Iterator[Batch]) -> Iterator[tuple[Batch, Tenso
     model.eval()
     with torch.inference_mode():
         for batch in batches:
-            yield batch, model.encode(batch)[0]
+            yield batch, model.encode(batch).mean

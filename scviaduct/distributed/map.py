@@ -26,6 +26,7 @@ from scviaduct.distributed.cluster import ray_cluster
 from scviaduct.distributed.config import MapConfig
 from scviaduct.distributed.files import refuse_existing
 from scviaduct.distributed.loop import embed, fit
+from scviaduct.distributed.prior import set_library_prior
 from scviaduct.distributed.tracking import Tracker, fetch_model, flat
 from scviaduct.distributed.transfer import Neighbours, Transferred
 from scviaduct.errors import ConfigError, DataError, ScviaductError
@@ -141,7 +142,9 @@ def _named_once(queries: Sequence[str | Path]) -> list[Path]:
     if not paths:
         raise ConfigError("Give at least one query file.")
     if twice:
-        raise ConfigError(f"Results are named after the queries, but {twice[0]!r} occurs {stems.count(twice[0])} times; rename.")
+        raise ConfigError(
+            f"Results are named after the queries, but {twice[0]!r} occurs {stems.count(twice[0])} times; rename."
+        )
     return paths
 
 
@@ -160,7 +163,8 @@ def _on_ray(reference: Reference, paths: list[Path], config: MapConfig) -> Itera
     import ray
 
     task = ray.remote(num_cpus=1, max_retries=1)(map_one)
-    shared, todo, running = ray.put(reference), list(reversed(paths)), {}
+    shared, todo = ray.put(reference), list(reversed(paths))
+    running: dict[Any, Path] = {}
     while todo or running:
         while todo and len(running) < config.workers:
             path = todo.pop()
@@ -196,11 +200,12 @@ def _map_one(reference: Reference, path: Path, config: MapConfig) -> Mapped:
         batch_key=config.batch_key,
         one_batch=config.one_batch,
         reuse_batches=config.reuse_batches,
-        min_genes=config.min_genes,
+        floor=config.min_genes,
     )
     torch.manual_seed(config.fit.seed)
     adapted = extend(model, query.schema)
     source = MemorySource(query.batch)
+    set_library_prior(adapted, source)
     history = fit(adapted, source, config.fit).history if adapted.query_parameters() else []
     with stream(source) as blocks:
         latent = np.concatenate([z.cpu().numpy() for _, z in embed(adapted, iter(blocks))])
@@ -219,9 +224,7 @@ def _map_one(reference: Reference, path: Path, config: MapConfig) -> Mapped:
     )
 
 
-def _transfer(
-    reference: Reference, model: Model, latent: NDArray[np.float32], config: MapConfig
-) -> Transferred | None:
+def _transfer(reference: Reference, model: Model, latent: NDArray[np.float32], config: MapConfig) -> Transferred | None:
     if model.schema.labels is None or reference.labels is None:
         return None
     return Neighbours(reference.latent, reference.labels, config.n_neighbors).transfer(latent)
@@ -266,4 +269,6 @@ def _summary(results: list[Mapped], paths: list[Path]) -> pd.DataFrame:
 def _nothing_mapped(results: list[Mapped]) -> ScviaductError:
     kind = DataError if all(r.wrong_input for r in results) else ScviaductError
     lines = "\n".join(f"  {r.query}: {r.message}" for r in results)
-    return kind(results[0].message if len(results) == 1 else f"Not one of {len(results)} queries could be mapped:\n{lines}")
+    return kind(
+        results[0].message if len(results) == 1 else f"Not one of {len(results)} queries could be mapped:\n{lines}"
+    )

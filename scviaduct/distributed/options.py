@@ -7,7 +7,7 @@ from dataclasses import fields
 from typing import Any, get_args, get_type_hints
 
 from scviaduct.errors import ConfigError, nearest
-from scviaduct.models import PRESETS
+from scviaduct.models.scvi import PRESETS
 from scviaduct.models.base import Model
 
 

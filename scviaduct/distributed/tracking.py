@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from scviaduct.distributed.config import TrackingConfig
+from scviaduct.errors import ConfigError
 
 log = logging.getLogger(__name__)
 
@@ -33,10 +34,13 @@ class Tracker:
     def _open(self, experiment: str) -> None:
         from mlflow import MlflowClient
 
-        logging.getLogger("alembic").setLevel(logging.WARNING)
+        for name in ("alembic", "mlflow"):
+            logging.getLogger(name).setLevel(logging.WARNING)
         client = MlflowClient(self.uri)
         found = client.get_experiment_by_name(experiment)
-        self._experiment = found.experiment_id if found else client.create_experiment(experiment, _artifacts(self.uri))
+        self._experiment = (
+            found.experiment_id if found else client.create_experiment(experiment, _artifacts(str(self.uri)))
+        )
         self._client = client
 
     def _attempt(self, what: str, call: Callable[[], Any]) -> Any:
@@ -89,7 +93,9 @@ class Tracker:
             return
         from mlflow.entities import Dataset, DatasetInput, InputTag
 
-        entity = Dataset(name, digest[:36], "zarr", json.dumps({"path": source}), profile=json.dumps(facts)[:16_000_000])
+        entity = Dataset(
+            name, digest[:36], "zarr", json.dumps({"path": source}), profile=json.dumps(facts)[:16_000_000]
+        )
         entry = DatasetInput(entity, [InputTag("mlflow.data.context", "training")])
         self._attempt("log the data set", lambda: self._client.log_inputs(self.run_id, datasets=[entry]))
 
@@ -98,7 +104,7 @@ class Tracker:
         if self.run_id:
             self._attempt("log artifacts", lambda: self._client.log_artifacts(self.run_id, str(folder), under))
 
-    def register(self, name: str, tags: Mapping[str, str], alias: str = "latest") -> str | None:
+    def register(self, name: str, tags: Mapping[str, str], alias: str = "current") -> str | None:
         """A registry version of the run's bundle, with an alias; its number."""
         if not self.run_id:
             return None
@@ -143,10 +149,25 @@ def _artifacts(uri: str) -> str | None:
 
 
 def fetch_model(uri: str, config: TrackingConfig) -> Path:
-    """The local folder of a registered model such as models:/kang@latest."""
-    import mlflow
+    """The local folder of a registered model: models:/kang@current or models:/kang/3.
 
-    return Path(mlflow.artifacts.download_artifacts(artifact_uri=uri, tracking_uri=_uri(config)))
+    Raises:
+        ConfigError: the registry has no such model.
+    """
+    from mlflow import MlflowClient
+    from mlflow.artifacts import download_artifacts
+    from mlflow.exceptions import MlflowException
+
+    where, client = _uri(config), MlflowClient(_uri(config))
+    name, separator, alias = uri.removeprefix("models:/").partition("@")
+    try:
+        if separator:
+            source = client.get_model_version_by_alias(name, alias).source
+        else:
+            source = client.get_model_version(*name.split("/", 1)).source
+        return Path(download_artifacts(artifact_uri=source, tracking_uri=where))
+    except (MlflowException, TypeError) as error:
+        raise ConfigError(f"{uri} is not in the registry at {where}: {error}") from error
 
 
 def flat(record: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

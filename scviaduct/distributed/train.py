@@ -1,10 +1,10 @@
 """`train`: a view of an atlas becomes a model bundle, in this process or on many, tracked and resumable.
 
-    out/run.json        configuration, identity of the data, MLflow run; decides what --resume continues
-        history.jsonl   one line an epoch, written by rank 0 and followed by the driver
-        checkpoints/    see checkpoint.py
-        cells/          which cells each step saw, on request
-        bundle/         the finished model; present = the run is done
+out/run.json        configuration, identity of the data, MLflow run; decides what --resume continues
+    history.jsonl   one line an epoch, written by rank 0 and followed by the driver
+    checkpoints/    see checkpoint.py
+    cells/          which cells each step saw, on request
+    bundle/         the finished model; present = the run is done
 """
 
 from __future__ import annotations
@@ -24,11 +24,12 @@ from scviaduct.distributed.bundle import Bundle
 from scviaduct.distributed.celllog import CellLog
 from scviaduct.distributed.checkpoint import Checkpoints
 from scviaduct.distributed.config import TrainConfig
-from scviaduct.distributed.files import read_json, refuse_existing, write_json
+from scviaduct.distributed.files import refuse_existing
 from scviaduct.distributed.follow import Follower
 from scviaduct.distributed.launch import run_on_workers
-from scviaduct.distributed.loop import Hooks, embed, fit
+from scviaduct.distributed.loop import Hooks, embed, fit, samplers
 from scviaduct.distributed.options import model_config
+from scviaduct.distributed.prior import set_library_prior
 from scviaduct.distributed.tracking import Tracker, flat
 from scviaduct.distributed.workers import Workers
 from scviaduct.errors import ConfigError
@@ -36,6 +37,7 @@ from scviaduct.models import model_class
 from scviaduct.models.base import Model
 from scviaduct.schema import Schema
 from scviaduct.storage.loader import BlockSource, stream
+from scviaduct.storage.manifest import read_json, write_json_atomic
 from scviaduct.storage.view import View
 
 OnEpoch = Callable[[dict[str, float]], None]
@@ -78,10 +80,14 @@ def train(atlas: str | Path, config: TrainConfig, *, on_epoch: OnEpoch | None = 
     schema = _schema(view, config)
     kind = model_class(config.model)
     options = model_config(kind, config.preset, config.set)
-    kind(schema, options)  # options that do not fit the data fail here, before anything is written
+    # options that do not fit the data or each other fail here, before anything is written
+    samplers(kind(schema, options), view.source(schema), config.fit, Workers(0, config.workers))
     job = Job(str(atlas), config, schema, asdict(options))
     tracker = _open_run(job, view)
-    with tracker.closing(), Follower(config.out / "history.jsonl", [*_listeners(tracker), *([on_epoch] if on_epoch else [])]):
+    with (
+        tracker.closing(),
+        Follower(config.out / "history.jsonl", [*_listeners(tracker), *([on_epoch] if on_epoch else [])]),
+    ):
         run_on_workers(work, job, config)
         bundle = _bundle(job, view, tracker)
     return bundle
@@ -95,6 +101,7 @@ def work(job: Job) -> None:
     torch.manual_seed(config.fit.seed)
     kind = model_class(config.model)
     model = kind(job.schema, kind.Config(**job.model_options))
+    set_library_prior(model, source)
     attempt = _next_attempt(job.out, workers)
     hooks = Hooks(
         checkpoints=Checkpoints(job.out / "checkpoints", config.checkpoint_seconds),
@@ -144,7 +151,9 @@ def _open_run(job: Job, view: View) -> Tracker:
     if config.resume:
         record = read_json(job.out / "run.json")
         if record["view_digest"] != view.digest:
-            raise ConfigError(f"The view {config.view!r} of {job.atlas} is not the one the run in {job.out} was started on.")
+            raise ConfigError(
+                f"The view {config.view!r} of {job.atlas} is not the one the run in {job.out} was started on."
+            )
         tracker.resume(record["mlflow_run"])
         return tracker
     tags = {"atlas": job.atlas, "view": view.name, "view_digest": view.digest, "schema_digest": job.schema.digest}
@@ -152,7 +161,7 @@ def _open_run(job: Job, view: View) -> Tracker:
     tracker.dataset(Path(job.atlas).name, job.atlas, view.digest, {"cells": view.n_rows, "genes": len(view.genes)})
     job.out.mkdir(parents=True)
     facts = {"config": config.to_dict(), "atlas": job.atlas, "view_digest": view.digest, "mlflow_run": tracker.run_id}
-    write_json(job.out / "run.json", facts)
+    write_json_atomic(job.out / "run.json", facts)
     return tracker
 
 
@@ -171,14 +180,14 @@ def _next_attempt(out: Path, workers: Workers) -> int:
     if workers.rank == 0:
         file = out / "attempts.json"
         count += (read_json(file) if file.exists() else 0) + 1
-        write_json(file, int(count))
+        write_json_atomic(file, int(count))
     return int(workers.total(count))
 
 
 def _embed_reference(model: Model, source: BlockSource, job: Job, workers: Workers) -> None:
     """Write latents and labels of all reference cells, each rank its run of blocks."""
     folder, n_latent = job.out / "reference.partial", model.config.n_latent
-    shapes = {"latent": ((source.n_rows, n_latent), np.float32)}
+    shapes: dict[str, tuple[tuple[int, ...], Any]] = {"latent": ((source.n_rows, n_latent), np.float32)}
     if job.schema.labels:
         shapes["labels"] = ((source.n_rows,), np.int32)
     if workers.rank == 0:

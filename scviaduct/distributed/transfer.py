@@ -46,7 +46,9 @@ class Neighbours:
     def __init__(self, latent: NDArray[np.float32], labels: NDArray[np.integer[Any]], n_neighbors: int = 50) -> None:
         known = np.flatnonzero(labels != MISSING)
         if not len(known):
-            raise ConfigError("No reference cell has a label, so none can be transferred; train with another --labels-key.")
+            raise ConfigError(
+                "No reference cell has a label, so none can be transferred; train with another --labels-key."
+            )
         self._latent = np.ascontiguousarray(latent[known], np.float32)
         self._labels = np.asarray(labels[known], np.int64)
         self.n_neighbors = min(n_neighbors, len(known))

@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 @dataclass(frozen=True)
 class Workers:
-    """This process's place among `world_size` equal ones; the default is a process of its own."""
+    """The place of this process among `world_size` equal ones; the default is a process of its own."""
 
     rank: int = 0
     world_size: int = 1
@@ -22,7 +22,7 @@ class Workers:
         """The place in torch's process group, when one is up."""
         return cls(dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else cls()
 
-    def wrap(self, model: nn.Module, deterministic: bool = False) -> nn.Module:
+    def wrap(self, model: nn.Module, *, deterministic: bool = False) -> nn.Module:
         """The model whose backward averages gradients over the workers; itself when alone or deterministic."""
         if self.world_size == 1 or deterministic:
             return model

@@ -36,11 +36,23 @@ def command(*, out: Path = Path("demo"), seed: int = 0, workers: int = 1) -> int
 
 def _table(made: Demo) -> Table:
     table = Table(title=f"Queries mapped onto {made.bundle.facts['training']['cells']:,} reference cells")
-    for name in ("query", "status", "cells", "genes", "accuracy", "macro-F1", "uncertainty", "of unseen types", "seconds"):
+    for name in (
+        "query",
+        "status",
+        "cells",
+        "genes",
+        "accuracy",
+        "macro-F1",
+        "uncertainty",
+        "of unseen types",
+        "seconds",
+    ):
         table.add_column(name, justify="left" if name in {"query", "status"} else "right")
     for r in made.table.itertuples():
         genes = f"{r.genes_matched}/{r.genes}" if r.genes else "–"
         unseen = f"{r.unseen_uncertainty:.2f} ({r.unseen_cells:.0f})" if r.unseen_cells > 0 else "–"
         numbers = [f"{x:.3f}" if x == x else "–" for x in (r.accuracy, r.macro_f1, r.uncertainty)]
-        table.add_row(r.query, r.status, f"{r.cells:,}" if r.cells else "–", genes, *numbers, unseen, f"{r.seconds:.1f}")
+        table.add_row(
+            r.query, r.status, f"{r.cells:,}" if r.cells else "–", genes, *numbers, unseen, f"{r.seconds:.1f}"
+        )
     return table

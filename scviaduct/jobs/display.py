@@ -19,7 +19,8 @@ class Steps:
     """Counts towards `total` with a remark; in a log file one line every ten seconds, and the last."""
 
     def __init__(self, title: str, total: int | None = None) -> None:
-        self._title, self._total, self._done, self._remark, self._printed = title, total, 0, "", 0.0
+        self._title, self._total, self._done, self._remark = title, total, 0, ""
+        self._printed, self._printed_at = 0.0, 0
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         self._bar = Progress(*columns, TextColumn("{task.fields[remark]}"), console=console, transient=True)
         self._task = self._bar.add_task(title, total=total, remark="")
@@ -31,7 +32,7 @@ class Steps:
 
     def __exit__(self, kind: type[BaseException] | None, *_: BaseException | TracebackType | None) -> None:
         self._bar.stop()
-        if kind is None and self._done:
+        if kind is None and self._done != self._printed_at and not console.is_terminal:
             self._line()
 
     def at(self, done: int, remark: str = "", total: int | None = None) -> None:
@@ -42,7 +43,7 @@ class Steps:
             self._line()
 
     def _line(self) -> None:
-        self._printed = time.monotonic()
+        self._printed, self._printed_at = time.monotonic(), self._done
         console.print(f"{self._title} {self._done}/{self._total or '?'} {self._remark}", markup=False)
 
 

@@ -20,7 +20,7 @@ def command(model: str, queries: list[Path], /, *, config: Annotated[MapConfig, 
     Exit code 0: all mapped; 1: some failed, see summary.csv; 2: none could be.
 
     Args:
-        model: A run, a bundle, or a registered model such as models:/kang@latest.
+        model: A run, a bundle, or a registered model such as models:/kang@current.
         queries: h5ad files.
     """
     from scviaduct.distributed.map import map

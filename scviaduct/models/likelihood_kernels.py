@@ -16,6 +16,7 @@ Everything is float32 but the non-zeros, whose products need float64's range.
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import numba
 import numpy as np
@@ -34,6 +35,7 @@ _HALF_LOG_2PI = _f(0.5 * math.log(2 * math.pi))
 _SMALL_COUNT = 16  # up to here log-gamma is a product that cannot leave float64's range
 _LARGE_THETA = 1e10
 _INVERSE_FACTORIAL = np.array([1.0 / math.factorial(k) for k in range(_SMALL_COUNT + 1)])
+_LOG_FACTORIAL = np.array([math.lgamma(k + 1.0) for k in range(256)])
 
 
 @numba.njit(nogil=True, cache=True, error_model="numpy", fastmath=True)
@@ -46,7 +48,7 @@ def _largest(row: Row) -> np.float32:
 
 @numba.njit(nogil=True, cache=True, error_model="numpy", fastmath=RELAXED)
 def _softmax_rate(logits: Row, library: np.float32, mu: Row) -> np.float32:
-    """mu = exp(library) * softmax(logits); returns what turns a logit into log mu."""
+    """mu = exp(library) * softmax(logits); returns log mu - logits, the same for all genes."""
     top = _largest(logits)
     total = _ZERO
     for g in range(mu.size):
@@ -59,13 +61,14 @@ def _softmax_rate(logits: Row, library: np.float32, mu: Row) -> np.float32:
 
 
 @numba.njit(nogil=True, cache=True, error_model="numpy", fastmath=RELAXED)
-def _softplus_rate(logits: Row, library: np.float32, mu: Row) -> None:
-    """mu = exp(library) * log(1 + exp(logits))."""
+def _softplus_rate(logits: Row, library: np.float32, mu: Row) -> np.float32:
+    """mu = exp(library) * log(1 + exp(logits)); returns log mu - logits where logits are far below 0."""
     size = exp(library) if library > _EMPTY else _ZERO
     for g in range(mu.size):
         e = exp(-abs(logits[g]))
         u = _ONE + e
         mu[g] = size * (max(logits[g], _ZERO) + log(u) + lost(e, u) / u)
+    return library
 
 
 @numba.njit(nogil=True, cache=True, error_model="numpy", fastmath=RELAXED)
@@ -190,12 +193,13 @@ def _poisson_zeros(mu: Row, weight: np.float32, a: Row) -> np.float32:
 
 
 @numba.njit(nogil=True, cache=True, error_model="numpy")
-def _poisson_counts(genes: NDArray[np.int32], counts: Row, log_mu: Row, weight: np.float32, a: Row) -> float:
+def _poisson_counts(genes: NDArray[np.int32], counts: Row, mu: Row, log_mu: Row, weight: np.float32, a: Row) -> float:
+    """`log_mu` stands in for log(mu) where mu has left float32's range."""
     loss = 0.0
     for j in range(genes.size):
         g, x = genes[j], float(counts[j])
-        loss += math.lgamma(x + 1.0) if x > 1.0 else 0.0
-        loss -= x * float(log_mu[g])
+        loss += _LOG_FACTORIAL[int(x)] if x < 256.0 else math.lgamma(x + 1.0)
+        loss -= x * (math.log(mu[g]) if mu[g] > 1e-30 else float(log_mu[g]))
         a[g] -= weight * counts[j]
     return loss
 
@@ -236,3 +240,98 @@ def _softplus_back(logits: Row, a: Row) -> np.float32:
         scale = max(logits[g], _ZERO) + log(u) + lost(e, u) / u
         a[g] *= sigmoid / scale if logits[g] > _EMPTY else _ONE
     return total
+
+
+class Kind(NamedTuple):
+    """Which loss."""
+
+    likelihood: int
+    softplus: bool
+    """Scale = softplus(logits); otherwise softmax."""
+    weight: np.float32
+    """Gradients are those of weight * sum(loss)."""
+
+
+class Nonzeros(NamedTuple):
+    """CSR of the counts."""
+
+    indptr: NDArray[np.int64]
+    genes: NDArray[np.int32]
+    counts: Row
+
+
+class Inputs(NamedTuple):
+    """What the decoder says of each cell; arrays that a likelihood does not use have shape (1, 1)."""
+
+    logits: Row  # (cells, genes)
+    library: Row  # (cells,) log size
+    px_r: Row  # (1 or cells, genes)
+    theta: Row  # exp(px_r)
+    zi: Row  # (cells, genes)
+
+
+class Outputs(NamedTuple):
+    """Loss per cell and the gradients by each input."""
+
+    loss: Row  # (cells,)
+    logits: Row
+    library: Row
+    px_r: Row  # (chunks or cells, genes), zeroed by the caller: a chunk of cells adds to a row of its own
+    zi: Row
+
+
+@numba.njit(nogil=True, cache=True, error_model="numpy")
+def _counts_cell(kind: Kind, i: int, rows: tuple, cell: tuple, inputs: Inputs, out: Outputs, work: Row) -> float:
+    """Loss and gradients by log mu, px_r and zi of cell i under NB or ZINB."""
+    genes, counts = cell
+    mu, a, tl, q = work[0], out.logits[i], work[1], work[2]
+    theta, dr = inputs.theta[rows[0]], out.px_r[rows[1]]
+    loss = float(_nb_zeros(mu, theta, a, q, tl))
+    if kind.likelihood == ZINB:
+        zi, sure = inputs.zi[i], work[3]
+        loss = float(_extra_zeros(zi, tl, out.zi[i], sure)) + float(_not_extra(genes, zi, tl, sure))
+        loss += _nb_counts(genes, counts, mu, theta, a, q)
+        _zinb_gradients(a, q, sure, kind.weight, dr, out.zi[i])
+        return loss
+    loss += _nb_counts(genes, counts, mu, theta, a, q)
+    _nb_gradients(a, q, kind.weight, dr)
+    return loss
+
+
+@numba.njit(nogil=True, cache=True, error_model="numpy")
+def _other_cell(kind: Kind, i: int, rows: tuple, cell: tuple, inputs: Inputs, out: Outputs, work: Row) -> float:
+    """As `_counts_cell` under Poisson (work[1] is log mu) or Normal (work[1] becomes the dense counts)."""
+    genes, counts = cell
+    mu, a, x = work[0], out.logits[i], work[1]
+    if kind.likelihood == POISSON:
+        return float(_poisson_zeros(mu, kind.weight, a)) + _poisson_counts(genes, counts, mu, x, kind.weight, a)
+    x[:] = _ZERO
+    for j in range(genes.size):
+        x[genes[j]] = counts[j]
+    return float(_normal(x, mu, inputs.px_r[rows[0]], kind.weight, a, out.px_r[rows[1]]))
+
+
+@numba.njit(nogil=True, cache=True, error_model="numpy")
+def chunk_of_cells(kind: Kind, x: Nonzeros, inputs: Inputs, out: Outputs, chunk: int | np.int64, chunks: int) -> None:
+    """Fill `out` for one of `chunks` equal parts of the cells."""
+    n, width = inputs.logits.shape
+    shared = inputs.theta.shape[0] == 1
+    work = np.empty((4, width), np.float32)
+    for i in range(n * chunk // chunks, n * (chunk + 1) // chunks):
+        mu, logits, library, a = work[0], inputs.logits[i], inputs.library[i], out.logits[i]
+        shift = _softplus_rate(logits, library, mu) if kind.softplus else _softmax_rate(logits, library, mu)
+        rows = (0, chunk) if shared else (i, i)
+        cell = (x.genes[x.indptr[i] : x.indptr[i + 1]], x.counts[x.indptr[i] : x.indptr[i + 1]])
+        if kind.likelihood == NB or kind.likelihood == ZINB:
+            out.loss[i] = _counts_cell(kind, i, rows, cell, inputs, out, work)
+        else:
+            work[1] = logits + shift
+            out.loss[i] = _other_cell(kind, i, rows, cell, inputs, out, work)
+        out.library[i] = _softplus_back(logits, a) if kind.softplus else _softmax_back(mu, library, a)
+
+
+@numba.njit(nogil=True, cache=True, error_model="numpy", parallel=True)
+def all_cells(kind: Kind, x: Nonzeros, inputs: Inputs, out: Outputs, chunks: int) -> None:
+    """Fill `out`, each thread with its chunk."""
+    for chunk in numba.prange(chunks):
+        chunk_of_cells(kind, x, inputs, out, np.int64(chunk), chunks)

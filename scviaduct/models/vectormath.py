@@ -50,5 +50,5 @@ def log(x: np.float32) -> np.float32:
 
 @numba.njit(nogil=True, cache=True, error_model="numpy", fastmath={"contract"})
 def lost(r: np.float32, u: np.float32) -> np.float32:
-    """What rounding took from u = 1 + r; log1p(r) = log(u) + lost(r, u) / u. Strict: must not be simplified to 0."""
+    """What rounding took from u = 1 + r, so log1p(r) is log(u) + lost / u. Strict: must not be simplified to 0."""
     return r - (u - _ONE)

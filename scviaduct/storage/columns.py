@@ -116,7 +116,9 @@ class Tally:
         self.minimum = min(self.minimum, float(values.min(initial=np.inf)))
         if self.values is not None:
             distinct = np.union1d(self.values, values)
-            whole = len(distinct) <= MOST_VALUES and bool((distinct == np.floor(distinct)).all())
+            whole = len(distinct) <= MOST_VALUES and bool(
+                (np.isfinite(distinct) & (distinct == np.floor(distinct))).all()
+            )
             self.values = distinct if whole else None
 
     def to_dict(self) -> dict[str, Any]:

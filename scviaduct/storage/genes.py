@@ -140,36 +140,27 @@ def select(block: csr_matrix, columns: NDArray[np.int32], n_genes: int) -> csr_m
     `columns` comes from `GeneMatch.columns`. One pass over the non-zeros: at 2,000 of 20,000 genes scipy's
     `block[:, genes]` takes several times as long, and most of it goes into genes that are thrown away.
     """
-    indices = block.indices.astype(np.int32, copy=False)
-    indptr = block.indptr.astype(np.int64, copy=False)
-    kept_indptr = _count_kept(indptr, indices, columns)
-    kept = np.empty(kept_indptr[-1], np.int32)
-    counts = np.empty(kept_indptr[-1], np.uint32)
-    _fill_kept(indptr, indices, block.data.astype(np.uint32, copy=False), columns, kept, counts)
-    used = columns[columns >= 0]
-    chosen = csr_matrix((counts, kept, kept_indptr), shape=(len(indptr) - 1, n_genes))
-    if (np.diff(used) < 0).any():  # the file has the genes in another order than the reference
+    indptr, indices = block.indptr.astype(np.int64, copy=False), block.indices.astype(np.int32, copy=False)
+    data = block.data.astype(np.uint32, copy=False)
+    if np.array_equal(columns, np.arange(n_genes)):  # all genes in their own order
+        return csr_matrix((data, indices, indptr), shape=block.shape)
+    kept_indptr, kept, counts = np.zeros_like(indptr), np.empty_like(indices), np.empty_like(data)
+    _select(indptr, indices, data, columns, kept_indptr, kept, counts)
+    nnz = kept_indptr[-1]
+    chosen = csr_matrix((counts[:nnz].copy(), kept[:nnz].copy(), kept_indptr), shape=(block.shape[0], n_genes))
+    if (np.diff(columns[columns >= 0]) < 0).any():  # the file has the genes in another order than the reference
         chosen.sort_indices()
     return chosen
 
 
 @numba.njit(nogil=True, cache=True)
-def _count_kept(indptr, indices, columns):  # type: ignore[no-untyped-def]  # pragma: no cover
-    kept = np.zeros(len(indptr), np.int64)
-    for cell in range(len(indptr) - 1):
-        n = 0
-        for j in range(indptr[cell], indptr[cell + 1]):
-            n += columns[indices[j]] >= 0
-        kept[cell + 1] = kept[cell] + n
-    return kept
-
-
-@numba.njit(nogil=True, cache=True)
-def _fill_kept(indptr, indices, data, columns, kept, counts):  # type: ignore[no-untyped-def]  # pragma: no cover
+def _select(indptr, indices, data, columns, kept_indptr, kept, counts):  # type: ignore[no-untyped-def]  # pragma: no cover
     at = 0
-    for j in range(indptr[0], indptr[-1]):
-        gene = columns[indices[j]]
-        if gene >= 0:
+    for cell in range(len(indptr) - 1):
+        for j in range(indptr[cell], indptr[cell + 1]):
+            gene = columns[indices[j]]
+            # Written always and kept by moving on: a branch here is mispredicted at every other chosen gene.
             kept[at] = gene
             counts[at] = data[j]
-            at += 1
+            at += gene >= 0
+        kept_indptr[cell + 1] = at

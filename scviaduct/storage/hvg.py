@@ -140,7 +140,7 @@ def _stream(
 
 def _moments(atlas: Atlas, columns: dict[str, NDArray[np.int32]], by_cell: Batches, n_genes: int) -> _Moments:
     total = np.zeros((len(by_cell.names), n_genes), np.int64)
-    squares = np.zeros_like(total)
+    squares = np.zeros(total.shape)  # float64: exact below 2^53, where int64 would overflow it only rounds
     n_cells = np.zeros(len(by_cell.names), np.int64)
     for block, codes in _stream(atlas, columns, by_cell, n_genes):
         _add_squares(block.indptr.astype(np.int64), block.indices, block.data, codes, total, squares)
@@ -150,15 +150,9 @@ def _moments(atlas: Atlas, columns: dict[str, NDArray[np.int32]], by_cell: Batch
     return _Moments(n_cells, mean, _spread(n, total, squares) / np.maximum(n * (n - 1), 1))
 
 
-def _spread(n: NDArray[np.int64], total: NDArray[np.int64], squares: NDArray[np.int64]) -> NDArray[np.float64]:
-    """n·Σx² − (Σx)², exact where it matters: a gene that never varies must give 0, not a rounding error.
-
-    int64 wraps around modulo 2^64, so the wrapped difference is the true one whenever that is below 2^63.
-    """
-    rounded = n * squares.astype(np.float64) - total.astype(np.float64) ** 2
-    with np.errstate(over="ignore"):
-        wrapped = n * squares - total * total
-    return np.where(np.abs(rounded) < 2.0**62, wrapped.astype(np.float64), rounded)
+def _spread(n: NDArray[np.int64], total: NDArray[np.int64], squares: NDArray[np.float64]) -> NDArray[np.float64]:
+    """n·Σx² − (Σx)². Both terms are rounded once from exact sums, so a gene that never varies gives exactly 0."""
+    return n * squares - total.astype(np.float64) ** 2
 
 
 def _expected_std(moments: _Moments, batch: int) -> NDArray[np.float64] | None:
@@ -231,7 +225,7 @@ def _add_squares(indptr, indices, data, codes, total, squares):  # type: ignore[
         for j in range(indptr[cell], indptr[cell + 1]):
             count = np.int64(data[j])
             total[codes[cell], indices[j]] += count
-            squares[codes[cell], indices[j]] += count * count
+            squares[codes[cell], indices[j]] += np.float64(count) * count
 
 
 @numba.njit(nogil=True, cache=True)

@@ -25,9 +25,9 @@ from scviaduct.storage.atlas import Atlas, DatasetInfo
 from scviaduct.storage.columns import DATASET, OBS_DATASET, Column, Tally, view_columns
 from scviaduct.storage.genes import normalise, select
 from scviaduct.storage.hvg import gene_columns, highly_variable_genes
-from scviaduct.storage.manifest import read_json, tree_digest, write_json_atomic
+from scviaduct.storage.manifest import VIEW_MARKER, read_json, sync_directory, sync_tree, tree_digest, write_json_atomic
 from scviaduct.storage.shuffle import Buckets, shuffle_keys
-from scviaduct.storage.view import FORMAT, MANIFEST, View, array_name
+from scviaduct.storage.view import FORMAT, View, array_name
 
 log = logging.getLogger(__name__)
 
@@ -58,7 +58,7 @@ def prepare(
     A finished view of the same recipe is returned as it is. Raises OutputExistsError when `name` holds another one
     (unless `overwrite`), DataError when genes or batches do not fit the atlas, ConfigError for a wrong option.
     """
-    store = atlas if isinstance(atlas, Atlas) else Atlas.open(atlas)
+    store = Atlas.open(atlas) if isinstance(atlas, str | Path) else atlas
     recipe = {
         "genes": _gene_request(genes),
         "flavor": "seurat_v3",
@@ -131,24 +131,27 @@ def _locked(final: Path) -> Iterator[None]:
 
 
 def _same_view(final: Path, recipe: dict[str, Any], *, overwrite: bool) -> bool:
-    if overwrite or not (final / MANIFEST).is_file():
+    if overwrite or not (final / VIEW_MARKER).is_file():
         return False
-    made = read_json(final / MANIFEST)["recipe"]
+    made = read_json(final / VIEW_MARKER)["recipe"]
     if made == recipe:
         return True
     different = [key for key in recipe if recipe[key] != made.get(key)]
     what = "the atlas has changed since" if different == ["atlas"] else f"different: {', '.join(different)}"
     raise OutputExistsError(
-        f"View {final.name!r} was made by another recipe ({what}). Choose another --name, or replace it with --overwrite."
+        f"View {final.name!r} was made by another recipe ({what}). "
+        "Choose another --name, or replace it with --overwrite."
     )
 
 
 def _publish(temporary: Path, final: Path) -> None:
+    sync_tree(temporary)
     old = final.with_name(f".{final.name}.old")
     shutil.rmtree(old, ignore_errors=True)
     if final.exists():
         final.rename(old)
     temporary.rename(final)
+    sync_directory(final.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 
@@ -175,10 +178,10 @@ def _build(atlas: Atlas, path: Path, recipe: dict[str, Any], memory: int) -> Non
         "columns": {tally.column.name: tally.to_dict() for tally in tallies},
         "identifiers": identifiers,
         "genes": list(genes),
-        "files": tree_digest(path),
     }
-    manifest["digest"] = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
-    write_json_atomic(path / MANIFEST, manifest)
+    # Not over the files: zarrs encodes chunks in parallel, so the same content lies in a shard in any order.
+    digest = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+    write_json_atomic(path / VIEW_MARKER, manifest | {"digest": digest, "files": tree_digest(path)})
 
 
 def _choose_genes(atlas: Atlas, recipe: dict[str, Any]) -> tuple[str, ...]:

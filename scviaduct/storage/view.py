@@ -14,10 +14,8 @@ from numpy.typing import NDArray
 from scviaduct.errors import DataError, IncompleteError, MissingColumnError, nearest
 from scviaduct.schema import MISSING, Batch, Covariate, Schema
 from scviaduct.storage.atlas import Atlas
-from scviaduct.storage.manifest import read_json, tree_digest
+from scviaduct.storage.manifest import VIEW_MARKER, read_json, tree_digest
 
-MANIFEST = "view.json"
-"""Written last: a directory without it is not a view."""
 FORMAT = 1
 
 
@@ -46,13 +44,13 @@ class View:
         """
         atlas_path = Path(atlas_path)
         path = atlas_path / "views" / name
-        if not (path / MANIFEST).is_file():
-            made = sorted(p.parent.name for p in atlas_path.glob(f"views/[!.]*/{MANIFEST}"))
+        if not (path / VIEW_MARKER).is_file():
+            made = sorted(p.parent.name for p in atlas_path.glob(f"views/[!.]*/{VIEW_MARKER}"))
             there = "was not finished" if path.exists() else f"does not exist ({nearest(name, made)})"
             raise IncompleteError(
                 f"View {name!r} of {atlas_path} {there}. Make it with: scviaduct prepare {atlas_path} --name {name}"
             )
-        view = cls(atlas_path, name, read_json(path / MANIFEST))
+        view = cls(atlas_path, name, read_json(path / VIEW_MARKER))
         view._check_files()
         return view
 
@@ -68,7 +66,7 @@ class View:
 
     @property
     def digest(self) -> str:
-        """sha256 that identifies the content of the view: recipe, data and files."""
+        """sha256 that identifies the content: equal digests mean the same cells with the same counts in the same order."""
         return self.manifest["digest"]
 
     def schema(
@@ -214,8 +212,8 @@ class _Codes:
 class ViewSource:
     """The cells of a view, a block at a time: a BlockSource.
 
-    Each process opens the arrays itself on its first read, so a source can be pickled and sent to workers; `read` may be
-    called from any thread.
+    Each process opens the arrays itself on its first read, so a source can be pickled and sent to workers; `read` may
+    be called from any thread.
     """
 
     def __init__(self, view: View, schema: Schema) -> None:
@@ -241,8 +239,8 @@ class ViewSource:
             return self._read(rows)
         except (RuntimeError, OSError, ValueError) as error:  # zarrs raises RuntimeError for a checksum that is wrong
             raise IncompleteError(
-                f"View {self.view.name!r} of {self.view.atlas_path}: rows {rows.start} to {rows.stop - 1} cannot be read "
-                f"({error}). {self.view.remedy}"
+                f"View {self.view.name!r} of {self.view.atlas_path}: rows {rows.start} to {rows.stop - 1} "
+                f"cannot be read ({error}). {self.view.remedy}"
             ) from error
 
     def _read(self, rows: slice) -> Batch:

@@ -41,9 +41,9 @@ def test_the_threshold_cuts_the_uncertainty_as_its_name_says():
     for limit in (0.0, 0.2, 0.5, 1.0):
         unknown = got.named(categories, limit) == "Unknown"
         np.testing.assert_array_equal(unknown, got.uncertainty > limit)
-    assert (got.named(categories, 0.2) == "Unknown").sum() == json.loads(
-        (GOLDEN / "knn_transfer.json").read_text()
-    )["n_unknown"]["k15_threshold0.8"]["Level_2"]  # their threshold is on the probability: 0.8 = 1 - 0.2
+    assert (got.named(categories, 0.2) == "Unknown").sum() == json.loads((GOLDEN / "knn_transfer.json").read_text())[
+        "n_unknown"
+    ]["k15_threshold0.8"]["Level_2"]  # their threshold is on the probability: 0.8 = 1 - 0.2
 
 
 @given(n=st.integers(1, 60), q=st.integers(0, 20), k=st.integers(1, 80), seed=st.integers(0, 9))

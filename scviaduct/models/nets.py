@@ -1,0 +1,300 @@
+"""Networks conditioned on covariates: fully connected layers whose covariates are look-ups.
+
+scvi-tools concatenates one-hot codes to a layer's input. `W x + b + sum_k C_k[code_k]` is the same function, costs the
+same for 10 batches and for 10,000, and keeps a block of its own for each covariate, to which surgery can add rows.
+Layer order and constants are scvi-tools': Linear, BatchNorm (momentum 0.01, eps 1e-3), LayerNorm without weights, ReLU,
+dropout.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, cast
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from scviaduct.models.counts import Cells
+from scviaduct.models.noise import Noise
+
+_VAR_EPS = 1e-4
+
+
+class Gaussian(NamedTuple):
+    """A diagonal normal distribution per cell."""
+
+    mean: Tensor
+    """(cells, latent)."""
+    std: Tensor
+    """(cells, latent)."""
+
+    def sample(self, noise: Noise) -> Tensor:
+        """A reparameterised draw, (cells, latent)."""
+        return torch.addcmul(self.mean, self.std, noise.normal(self.mean.shape[1]))
+
+    def kl(self, mean: Tensor | float = 0.0, std: Tensor | float = 1.0) -> Tensor:
+        """(cells,) KL divergence from this to N(mean, std**2), summed over the latent dimensions."""
+        ratio = (self.std / std) ** 2
+        distance = ((self.mean - mean) / std) ** 2
+        return 0.5 * (ratio + distance - 1.0 - torch.log(ratio)).sum(1)
+
+
+class Columns(nn.Module):
+    """One row per category of a covariate (a row here is a column of scvi-tools' weight).
+
+    As upstream, a covariate with one category has no row: there is nothing to tell apart. After surgery such a reference
+    category is a row of zeros, which changes nothing, and the new categories have rows.
+
+    Shapes: `weight` (categories, width), `new` (new categories, width) after surgery.
+    """
+
+    weight: Tensor | None
+    new: nn.Parameter | None
+
+    def __init__(self, covariate: int, n_categories: int, width: int, *, single: bool = False) -> None:
+        super().__init__()
+        self.covariate = covariate
+        self.n_categories = n_categories
+        self.width = width
+        self.weight = nn.Parameter(torch.zeros(n_categories, width)) if n_categories > 1 or single else None
+        self.register_parameter("new", None)
+
+    def table(self) -> Tensor | None:
+        """(categories, width), or None while there is nothing to tell apart."""
+        if self.new is None or self.weight is None:
+            return self.weight
+        return torch.cat([self.weight, self.new])
+
+    def add(self, h: Tensor, codes: Sequence[Tensor]) -> Tensor:
+        """H plus the row of each cell's category."""
+        table = self.table()
+        return h if table is None else h + F.embedding(codes[self.covariate], table)
+
+    def extend(self, n_new: int) -> None:
+        """Freeze what is there as a buffer; the new rows, the only parameter, start at the mean of the others.
+
+        The mean is the reference's idea of a batch without an effect of its own; a random row, upstream's choice, is an
+        effect that no data support and that training must first unlearn.
+        """
+        known = self.table()
+        known = torch.zeros(self.n_categories, self.width) if known is None else known.detach()
+        if n_new == 0 and self.weight is None:
+            return
+        for name in ("weight", "new"):
+            self.__delattr__(name)
+        self.register_buffer("weight", known)
+        self.n_categories += n_new
+        start = known.mean(0, keepdim=True).expand(n_new, -1).clone()
+        self.register_parameter("new", nn.Parameter(start) if n_new else None)
+
+
+class Blocks(nn.ModuleList):
+    """The `Columns` of each covariate that a layer sees."""
+
+    def __init__(self, n_categories: Sequence[int], width: int) -> None:
+        super().__init__(Columns(k, n, width) for k, n in enumerate(n_categories))
+
+    @property
+    def tables(self) -> list[Tensor]:
+        """The (categories, width) rows of each covariate that has any."""
+        tables = [cast(Columns, block).table() for block in self]
+        return [t for t in tables if t is not None]
+
+    def forward(self, h: Tensor, codes: Sequence[Tensor]) -> Tensor:
+        """H plus, for each covariate, the row of each cell's category."""
+        for block in self:
+            h = cast(Columns, block).add(h, codes)
+        return h
+
+
+def _reset(layer: CategoricalLinear | CountsLinear, n_in: int) -> None:
+    """torch's initialisation of a Linear, in which the covariates' columns count as inputs."""
+    bound = 1.0 / math.sqrt(n_in + sum(len(t) for t in layer.columns.tables))
+    for tensor in layer.parameters():
+        nn.init.uniform_(tensor, -bound, bound)
+
+
+class CategoricalLinear(nn.Module):
+    """`W x + b + sum_k C_k[code_k]`; weight is (width, inputs)."""
+
+    def __init__(self, n_in: int, width: int, n_categories: Sequence[int]) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(width, n_in))
+        self.bias = nn.Parameter(torch.empty(width))
+        self.columns = Blocks(n_categories, width)
+        _reset(self, n_in)
+
+    def forward(self, x: Tensor, codes: Sequence[Tensor]) -> Tensor:
+        """(cells, inputs) and a (cells,) code per covariate to (cells, width)."""
+        return self.columns(F.linear(x, self.weight, self.bias), codes)
+
+
+class CountsLinear(nn.Module):
+    """The first layer of an encoder: `log1p(counts) W + continuous V + b + sum_k C_k[code_k]`.
+
+    `weight` is (genes, width), as the sparse product wants it; `continuous` (continuous covariates, width) exists
+    only where there are any.
+    """
+
+    def __init__(self, n_genes: int, width: int, n_continuous: int, n_categories: Sequence[int]) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(n_genes, width))
+        self.continuous = nn.Parameter(torch.empty(n_continuous, width)) if n_continuous else None
+        self.bias = nn.Parameter(torch.empty(width))
+        self.columns = Blocks(n_categories, width)
+        _reset(self, n_genes + n_continuous)
+
+    def forward(self, cells: Cells, codes: Sequence[Tensor]) -> Tensor:
+        """Cells and their codes to (cells, width)."""
+        h = cells.counts.log1p_product(self.weight) + self.bias
+        if self.continuous is not None:
+            h = torch.addmm(h, cells.continuous, self.continuous)
+        return self.columns(h, codes)
+
+
+class _SynchronisedBatchNorm(torch.autograd.Function):
+    """Batch normalisation over the union of all processes' cells, however many each holds."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        mine = torch.cat([x.new_tensor([float(len(x))]), x.mean(0), x.var(0, correction=0)])
+        parts = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, mine)
+        n, means, variances = torch.stack(parts).split([1, x.shape[1], x.shape[1]], dim=1)
+        total = n.sum()
+        mean = (n * means).sum(0) / total
+        # Variance of a union: within plus between the parts (Chan et al., 1979), without cancellation.
+        var = (n * (variances + (means - mean) ** 2)).sum(0) / total
+        scale = torch.rsqrt(var + eps)
+        normalised = (x - mean) * scale
+        ctx.save_for_backward(normalised, weight, scale, total)
+        ctx.mark_non_differentiable(mean, var, total)
+        return torch.addcmul(bias, normalised, weight), mean, var, total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        normalised, weight, scale, total = ctx.saved_tensors
+        local = torch.stack([grad.sum(0), (grad * normalised).sum(0)])
+        union = local.clone()
+        dist.all_reduce(union)
+        union /= total
+        return (grad - union[0] - normalised * union[1]) * (weight * scale), local[1], local[0], None
+
+
+class BatchNorm(nn.Module):
+    """BatchNorm1d (momentum 0.01, eps 1e-3) whose statistics are those of the global batch.
+
+    `frozen` (surgery) uses the running statistics in training too and never updates them.
+    """
+
+    momentum, eps = 0.01, 1e-3
+    running_mean: Tensor
+    running_var: Tensor
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.bias = nn.Parameter(torch.zeros(width))
+        self.register_buffer("running_mean", torch.zeros(width))
+        self.register_buffer("running_var", torch.ones(width))
+        self.frozen = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise (cells, width)."""
+        live = self.training and not self.frozen
+        if live and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            y, mean, var, total = _SynchronisedBatchNorm.apply(x, self.weight, self.bias, self.eps)
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(var * (total / (total - 1.0)), self.momentum)
+            return y
+        return F.batch_norm(
+            x, self.running_mean, self.running_var, self.weight, self.bias, live, self.momentum, self.eps
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hidden:
+    """The shape of a stack of hidden layers."""
+
+    n_hidden: int
+    n_layers: int
+    dropout_rate: float
+    batch_norm: bool
+    layer_norm: bool
+    n_categories: tuple[int, ...]
+    """Categories of each covariate the first layer sees."""
+    deep: bool
+    """Whether the further layers see them too."""
+
+
+class HiddenLayer(nn.Module):
+    """Linear, then the norms, ReLU and dropout."""
+
+    def __init__(self, linear: nn.Module, hidden: Hidden) -> None:
+        super().__init__()
+        self.linear = linear
+        self.batch_norm = BatchNorm(hidden.n_hidden) if hidden.batch_norm else None
+        self.layer_norm = hidden.layer_norm
+        self.dropout_rate = hidden.dropout_rate
+
+    def forward(self, x: Any, codes: Sequence[Tensor], noise: Noise | None) -> Tensor:
+        """(cells, inputs) to (cells, n_hidden); noise None means no dropout."""
+        h = self.linear(x, codes)
+        if self.batch_norm is not None:
+            h = self.batch_norm(h)
+        if self.layer_norm:
+            h = F.layer_norm(h, h.shape[1:])
+        h = F.relu(h)
+        return noise.dropout(h, self.dropout_rate if self.training else 0.0) if noise is not None else h
+
+
+class FCLayers(nn.Module):
+    """A stack of hidden layers on top of a given first linear map."""
+
+    def __init__(self, first: nn.Module, hidden: Hidden) -> None:
+        super().__init__()
+        deep = hidden.n_categories if hidden.deep else ()
+        further = [CategoricalLinear(hidden.n_hidden, hidden.n_hidden, deep) for _ in range(hidden.n_layers - 1)]
+        self.layers = nn.ModuleList(HiddenLayer(linear, hidden) for linear in (first, *further))
+
+    def forward(self, x: Any, codes: Sequence[Tensor], noise: Noise | None) -> Tensor:
+        """Input of the first map to (cells, n_hidden)."""
+        for layer in self.layers:
+            x = layer(x, codes, noise)
+        return x
+
+
+class Encoder(nn.Module):
+    """q(z | x): hidden layers, then mean and variance; std = sqrt(exp(.) + 1e-4)."""
+
+    def __init__(self, n_genes: int, n_continuous: int, n_latent: int, hidden: Hidden) -> None:
+        super().__init__()
+        first = CountsLinear(n_genes, hidden.n_hidden, n_continuous, hidden.n_categories)
+        self.hidden = FCLayers(first, hidden)
+        self.mean_and_log_var = nn.Linear(hidden.n_hidden, 2 * n_latent)
+
+    def forward(self, cells: Cells, noise: Noise | None) -> Gaussian:
+        """Cells to the (cells, latent) mean and standard deviation."""
+        h = self.hidden(cells, cells.codes, noise)
+        mean, log_var = self.mean_and_log_var(h).chunk(2, dim=1)
+        return Gaussian(mean, torch.sqrt(torch.exp(log_var) + _VAR_EPS))
+
+
+class Decoder(nn.Module):
+    """z and covariates to the logits of each gene; only the heads that the likelihood uses exist."""
+
+    def __init__(self, n_in: int, n_genes: int, hidden: Hidden, heads: Sequence[str]) -> None:
+        super().__init__()
+        self.hidden = FCLayers(CategoricalLinear(n_in, hidden.n_hidden, hidden.n_categories), hidden)
+        self.heads = nn.ModuleDict({name: nn.Linear(hidden.n_hidden, n_genes) for name in heads})
+
+    def forward(self, z: Tensor, codes: Sequence[Tensor]) -> dict[str, Tensor]:
+        """(cells, n_in) to one (cells, genes) tensor per head."""
+        h = self.hidden(z, codes, None)
+        return {name: head(h) for name, head in self.heads.items()}

@@ -1,0 +1,102 @@
+"""Weights of scvi-tools' SCVI module (scvi.module.VAE), read into ours."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from scviaduct.errors import DataError
+from scviaduct.models.nets import CategoricalLinear, Columns, CountsLinear, Encoder, FCLayers, HiddenLayer
+from scviaduct.models.scvi import SCVI
+
+
+def load_upstream(model: SCVI, state: Mapping[str, Tensor]) -> None:
+    """Copy a VAE's state dict into a model of the same configuration; heads that the model does not use are ignored.
+
+    Raises:
+        DataError: a tensor is missing or has another shape.
+    """
+    reader = _Reader(state)
+    with torch.no_grad():
+        reader.encoder(model.z_encoder, "z_encoder")
+        if model.l_encoder is not None:
+            reader.encoder(model.l_encoder, "l_encoder")
+            reader.copy(model.library_log_means, "library_log_means", flatten=True)
+            reader.copy(model.library_log_vars, "library_log_vars", flatten=True)
+        reader.layers(model.decoder.hidden, "decoder.px_decoder")
+        for ours, theirs in (("scale", "px_scale_decoder.0"), ("zi", "px_dropout_decoder"), ("px_r", "px_r_decoder")):
+            if ours in model.decoder.heads:
+                reader.linear(cast(nn.Linear, model.decoder.heads[ours]), f"decoder.{theirs}")
+        reader.dispersion(model)
+
+
+class _Reader:
+    """Copies by upstream's names, checking shapes."""
+
+    def __init__(self, state: Mapping[str, Tensor]) -> None:
+        self.state = state
+
+    def get(self, name: str) -> Tensor:
+        if name not in self.state:
+            raise DataError(
+                f"The weights have no tensor {name!r}; were they saved from an SCVI model of this configuration?"
+            )
+        return self.state[name]
+
+    def put(self, target: Tensor, value: Tensor, name: str) -> None:
+        if target.shape != value.shape:
+            raise DataError(
+                f"{name!r}: the file's part is {tuple(value.shape)}, the model's {tuple(target.shape)}; "
+                "n_hidden, n_latent, n_layers, genes, categories and encode_covariates must be the file's"
+            )
+        target.copy_(value)
+
+    def copy(self, target: Tensor, name: str, *, flatten: bool = False) -> None:
+        value = self.get(name)
+        self.put(target, value.flatten() if flatten else value, name)
+
+    def linear(self, module: nn.Linear, name: str) -> None:
+        self.copy(module.weight, f"{name}.weight")
+        self.copy(module.bias, f"{name}.bias")
+
+    def encoder(self, encoder: Encoder, name: str) -> None:
+        self.layers(encoder.hidden, f"{name}.encoder")
+        for part in ("weight", "bias"):
+            both = torch.cat([self.get(f"{name}.{head}.{part}") for head in ("mean_encoder", "var_encoder")])
+            self.put(getattr(encoder.mean_and_log_var, part), both, f"{name}.mean_encoder.{part}")
+
+    def layers(self, layers: FCLayers, name: str) -> None:
+        for i, layer in enumerate(cast("list[HiddenLayer]", layers.layers)):
+            prefix = f"{name}.fc_layers.Layer {i}"
+            self.conditioned(cast("CategoricalLinear | CountsLinear", layer.linear), f"{prefix}.0")
+            if layer.batch_norm is not None:
+                for part in ("weight", "bias", "running_mean", "running_var"):
+                    self.copy(getattr(layer.batch_norm, part), f"{prefix}.1.{part}")
+
+    def conditioned(self, linear: CategoricalLinear | CountsLinear, name: str) -> None:
+        """Upstream's weight is (width, [features | continuous | batch | further covariates])."""
+        weight = self.get(f"{name}.weight")
+        if isinstance(linear, CountsLinear):
+            blocks = (
+                [linear.weight] + ([linear.continuous] if linear.continuous is not None else []) + linear.columns.tables
+            )
+        else:
+            blocks = [linear.weight.T, *linear.columns.tables]
+        widths = [len(block) for block in blocks]
+        if sum(widths) != weight.shape[1]:
+            raise DataError(f"{name!r} has {weight.shape[1]} inputs, the model {sum(widths)} ({widths})")
+        for block, part in zip(blocks, weight.T.split(widths), strict=True):
+            self.put(block, part, name)
+        self.copy(linear.bias, f"{name}.bias")
+
+    def dispersion(self, model: SCVI) -> None:
+        px_r = model.px_r.weight if isinstance(model.px_r, Columns) else cast("Tensor | None", model.px_r)
+        if px_r is None:
+            return
+        rows = self.get("px_r").t()
+        # A label's last row is ours alone, for cells without a label; scvi-tools may have had a category for them.
+        target = px_r[: len(rows)] if model.config.dispersion == "gene-label" else px_r
+        self.put(target, rows, "px_r")

@@ -1,0 +1,125 @@
+"""Telling what a file is when it is not the h5ad it should be, and what to do about it."""
+
+from __future__ import annotations
+
+import errno
+import gzip
+import re
+from pathlib import Path
+
+import h5py
+
+from scviaduct.errors import UnreadableFileError
+
+_HDF5 = b"\x89HDF\r\n\x1a\n"
+_R_HINT = "in R: zellkonverter::writeH5AD(Seurat::as.SingleCellExperiment(x), '{stem}.h5ad')"
+_MAGIC: tuple[tuple[bytes, str, str], ...] = (
+    (b"PK\x03\x04", "a zip archive", "unzip it and pass the h5ad files inside"),
+    (b"RDX", "an R data file", _R_HINT),
+    (b"X\n\x00\x00\x00", "an R object (rds)", _R_HINT),
+    (b"BZh", "a bzip2 file", "unpack it (bunzip2); if it is an R object, " + _R_HINT),
+    (b"\xfd7zXZ", "an xz file", "unpack it (unxz); if it is an R object, " + _R_HINT),
+    (b"%%MatrixMarket", "a Matrix Market file", "scanpy.read_10x_mtx(DIRECTORY).write_h5ad('{stem}.h5ad')"),
+    (b"<!DOCTYPE", "a web page, perhaps an error page saved by a download", "download the file again"),
+    (b"<html", "a web page, perhaps an error page saved by a download", "download the file again"),
+)
+_READ = "{reader}(PATH).write_h5ad('{stem}.h5ad')"
+
+
+def open_h5ad(path: Path) -> h5py.File:
+    """Open an h5ad for reading.
+
+    Raises:
+        UnreadableFileError: the path is missing, a directory, empty, truncated, locked, or another format.
+    """
+    if not path.exists():
+        raise UnreadableFileError(f"{path} does not exist{_neighbours(path)}")
+    if path.is_dir():
+        raise UnreadableFileError(f"{path} is {_directory(path)}; one h5ad file is needed")
+    if path.stat().st_size == 0:
+        raise UnreadableFileError(f"{path} is empty (0 bytes): copy or download it again")
+    if not h5py.is_hdf5(path):
+        what, fix = _other(path)
+        raise UnreadableFileError(f"{path} is {what}, not an h5ad: {fix.format(stem=path.stem)}")
+    try:
+        # Dense matrices are read in slabs of rows; a cache of whole chunks saves decoding the same one twice.
+        file = h5py.File(path, "r", rdcc_nbytes=64 * 2**20)
+    except OSError as error:
+        raise UnreadableFileError(_cannot_open(path, error)) from error
+    wrong = _other_hdf5(file)
+    if wrong:
+        file.close()
+        raise UnreadableFileError(f"{path} is {wrong[0]}, not an h5ad: {wrong[1].format(stem=path.stem)}")
+    return file
+
+
+def _neighbours(path: Path) -> str:
+    """Files of the same directory that may be meant."""
+    found = sorted(p.name for p in path.parent.glob("*.h5ad"))[:5] if path.parent.is_dir() else []
+    return f"; {path.parent} has {', '.join(found)}" if found else ""
+
+
+def _directory(path: Path) -> str:
+    if any((path / name).exists() for name in ("zarr.json", ".zgroup", ".zattrs")):
+        return f"a Zarr store (anndata.io.read_zarr(PATH).write_h5ad('{path.stem}.h5ad') makes an h5ad of an AnnData)"
+    files = sorted(p.name for p in path.glob("*.h5ad"))
+    return f"a directory with {len(files)} h5ad files" + (f" ({path}/*.h5ad names them)" if files else "")
+
+
+def _other(path: Path) -> tuple[str, str]:
+    with path.open("rb") as file:
+        head = file.read(64)
+    if head.startswith(b"\x1f\x8b"):
+        return _gzipped(path)
+    for magic, what, fix in _MAGIC:
+        if head.startswith(magic):
+            return what, fix
+    if b"\0" not in head and head.isascii():
+        fix = "read it with scanpy.read_text or pandas and write an h5ad"
+        return f"a text file (it begins {head[:24].decode()!r})", fix
+    return f"no HDF5 file (it begins with the bytes {head[:8].hex(' ')})", "it is damaged or of an unknown format"
+
+
+def _gzipped(path: Path) -> tuple[str, str]:
+    try:
+        with gzip.open(path) as file:
+            head = file.read(16)
+    except (OSError, EOFError):
+        return "a damaged gzip file", "download it again"
+    if head.startswith(_HDF5):
+        return "a gzip-compressed HDF5 file", "unpack it first (gunzip)"
+    if head.startswith((b"RDX", b"X\n", b"A\n")):
+        return "an R object (rds)", _R_HINT
+    return "a gzip file", "unpack it first (gunzip)"
+
+
+def _cannot_open(path: Path, error: OSError) -> str:
+    sizes = re.search(r"eof = (\d+).*stored_eof = (\d+)", str(error))
+    if sizes:
+        found, wanted = (int(n) for n in sizes.groups())
+        return f"{path} is truncated: it has {found:,} of {wanted:,} bytes: copy or download it again"
+    if error.errno in (errno.EAGAIN, errno.EACCES) and "lock" in str(error):
+        return (
+            f"{path} is locked: another program writes it, or its file system (NFS, Lustre) has no locks; "
+            "in the latter case set the environment variable HDF5_USE_FILE_LOCKING=FALSE"
+        )
+    if isinstance(error, PermissionError) or error.errno == errno.EACCES:
+        return f"{path} may not be read by you: change its permissions"
+    return f"{path} is a damaged HDF5 file ({error}): copy or download it again"
+
+
+def _other_hdf5(file: h5py.File) -> tuple[str, str] | None:
+    """What an HDF5 file without obs, var and a matrix is; None when it is an h5ad."""
+    if "mod" in file:
+        return "a MuData file (h5mu)", "mudata.read(PATH)['rna'].write_h5ad('{stem}.h5ad')"
+    if "obs" in file and "var" in file:
+        return None
+    if "row_attrs" in file and "col_attrs" in file:
+        return "a loom file", _READ.replace("{reader}", "anndata.io.read_loom")
+    old_10x = any(isinstance(g, h5py.Group) and "barcodes" in g for g in file.values())
+    if old_10x:
+        return "a 10x Genomics h5 file", _READ.replace("{reader}", "scanpy.read_10x_h5")
+    if "meta.data" in file or "assays" in file:
+        return "an h5Seurat file", "in R: SeuratDisk::Convert(PATH, dest = 'h5ad')"
+    names = ", ".join(list(file)[:6]) or "nothing"
+    return f"an HDF5 file without obs and var (it holds {names})", "write it with anndata's write_h5ad"

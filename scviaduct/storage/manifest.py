@@ -1,0 +1,92 @@
+"""Facts about files that must be true before anything is read: JSON written in one step, digests, markers."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from scviaduct.errors import IncompleteError
+
+FORMAT = 1
+"""Version of the layout of an atlas on disk."""
+ATLAS_MARKER = "atlas.json"
+"""Written last into an atlas: without it the directory is not an atlas."""
+DATASET_MARKER = "manifest.json"
+"""Written last into a data set."""
+VIEW_MARKER = "view.json"
+"""Written last into a training view."""
+
+
+def write_json_atomic(path: Path, record: object) -> None:
+    """Write JSON so that readers, and a machine that loses power, see the whole file or none."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            json.dump(record, file, indent=1, ensure_ascii=False)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    sync_directory(path.parent)
+
+
+def sync_directory(path: Path) -> None:
+    """Make a rename or a new name in this directory survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_tree(path: Path) -> None:
+    """Flush every file and directory under `path` to disk."""
+    for directory, _, names in os.walk(path):
+        for name in names:
+            descriptor = os.open(Path(directory, name), os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+        sync_directory(Path(directory))
+
+
+def read_json(path: Path) -> Any:
+    """What a JSON file holds; IncompleteError when it is missing or is not JSON."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise IncompleteError(f"{path} is missing: it was not written to the end") from None
+    except ValueError as error:
+        raise IncompleteError(f"{path} is damaged: {error}") from error
+
+
+def file_digest(path: Path) -> str:
+    """sha256 of a file's bytes, as hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def tree_digest(directory: Path, *, exclude: tuple[str, ...] = ()) -> dict[str, dict[str, Any]]:
+    """Size and sha256 of every file under a directory, by path relative to it; `exclude` are such paths."""
+    paths = sorted(p for p in directory.rglob("*") if p.is_file())
+    names = {p.relative_to(directory).as_posix(): p for p in paths}
+    return {
+        name: {"bytes": path.stat().st_size, "sha256": file_digest(path)}
+        for name, path in names.items()
+        if name not in exclude
+    }
+
+
+def check_files(directory: Path, files: dict[str, dict[str, Any]]) -> None:
+    """Every file of a manifest is there with its size, else IncompleteError: a missing chunk would read as zeros."""
+    for name, facts in files.items():
+        path = directory / name
+        size = path.stat().st_size if path.is_file() else None
+        if size != facts["bytes"]:
+            found = "is missing" if size is None else f"has {size:,} bytes"
+            raise IncompleteError(f"{path} {found}, its manifest says {facts['bytes']:,} bytes; convert the file again")

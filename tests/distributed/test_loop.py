@@ -1,0 +1,171 @@
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from scviaduct.distributed.checkpoint import Checkpoints
+from scviaduct.distributed.config import FitConfig
+from scviaduct.distributed.gradients import backward, lanes
+from scviaduct.distributed.loop import Hooks, fit
+from scviaduct.distributed.workers import Workers
+from scviaduct.errors import ConfigError, DataError
+from scviaduct.models.scvi import PRESETS
+from scviaduct.models.scvi import SCVI
+from scviaduct.schema import Batch, Covariate, Schema
+from scviaduct.storage.loader import Loader, MemorySource
+from scviaduct.storage.sampler import Sampler
+
+GENES = 40
+SCHEMA = Schema(genes=tuple(f"g{k}" for k in range(GENES)), batch=Covariate("batch", ("a", "b")))
+FIT = FitConfig(max_epochs=4, batch_size=32, n_epochs_kl_warmup=2, threads=1)
+
+
+def cells(n=300, seed=0):
+    rng = np.random.default_rng(seed)
+    rates = rng.gamma(1, 2, (3, GENES))[rng.integers(0, 3, n)]
+    x = rng.poisson(rates) + (np.arange(GENES) == 0)
+    rows, columns = np.nonzero(x)
+    return MemorySource(
+        Batch(
+            n_genes=GENES,
+            indptr=np.concatenate([[0], np.cumsum(np.bincount(rows, minlength=n))]).astype(np.int64),
+            indices=columns.astype(np.int32),
+            data=x[rows, columns].astype(np.float32),
+            batch_index=rng.integers(0, 2, n),
+            rows=np.arange(n),
+        ),
+        block_rows=50,
+    )
+
+
+def model(seed=0, **options):
+    torch.manual_seed(seed)
+    return SCVI(SCHEMA, SCVI.Config(**{"n_hidden": 16, "n_latent": 3} | options))
+
+
+def weights(module):
+    return {k: v.clone() for k, v in module.state_dict().items()}
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_training_lowers_the_elbo_and_records_every_epoch():
+    net, seen = model(), []
+    progress = fit(net, cells(), replace(FIT, max_epochs=12, lr=1e-2), hooks=Hooks(on_epoch=seen.append))
+    assert [r["epoch"] for r in seen] == list(range(12)) and seen == progress.history
+    assert seen[-1]["elbo_train"] < 0.9 * seen[0]["elbo_train"]
+    assert seen[-1]["elbo_validation"] < 0.9 * seen[0]["elbo_validation"]
+    assert [r["kl_weight"] for r in seen[:4]] == [0.0, 0.5, 1.0, 1.0]
+    assert all(0 <= r["data_wait"] <= 1 for r in seen)
+
+
+def test_the_same_seed_gives_the_same_bits_and_another_does_not():
+    nets = [model(), model(), model()]
+    for net, seed in zip(nets, (0, 0, 1), strict=True):
+        fit(net, cells(), replace(FIT, seed=seed))
+    assert same(weights(nets[0]), weights(nets[1])) and not same(weights(nets[0]), weights(nets[2]))
+
+
+class Killed(Exception):
+    pass
+
+
+class KillAfter:
+    """Stands in for the cell log and stops the loop after so many steps."""
+
+    def __init__(self, steps):
+        self.left = steps
+
+    def write(self, epoch, step, rows):
+        self.left -= 1
+        if self.left < 0:
+            raise Killed
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_stopped_and_resumed_equals_never_stopped(tmp_path, deterministic):
+    config = replace(FIT, batch_size=8, max_epochs=3, deterministic=deterministic)
+    options = PRESETS["scarches"]
+    undisturbed = model(**options)
+    want = fit(undisturbed, cells(), config)
+    store = Checkpoints(tmp_path, seconds=0.0)  # due at every sixteenth step
+    for seed, steps in enumerate((20, 7, 30)):  # later attempts start from other weights: the checkpoint decides
+        with pytest.raises(Killed):
+            fit(model(seed, **options), cells(), config, hooks=Hooks(checkpoints=store, cells=KillAfter(steps)))
+    resumed = model(9, **options)
+    got = fit(resumed, cells(), config, hooks=Hooks(checkpoints=store))
+    assert same(weights(resumed), weights(undisturbed))
+    assert [r["elbo_train"] for r in got.history] == pytest.approx([r["elbo_train"] for r in want.history], rel=1e-12)
+
+
+def test_early_stopping_keeps_the_best_epoch():
+    net = model()
+    config = replace(FIT, max_epochs=200, lr=3e-2, early_stopping=True, early_stopping_patience=5, n_epochs_kl_warmup=0)
+    progress = fit(net, cells(120), config)
+    values = [r["elbo_validation"] for r in progress.history]
+    assert len(values) < 200 and progress.best_epoch == int(np.argmin(values)) == len(values) - 6
+    other = model()
+    fit(other, cells(120), replace(config, max_epochs=progress.best_epoch + 1, early_stopping=False))
+    assert same(weights(net), weights(other))
+
+
+def test_the_plateau_rule_lowers_the_learning_rate():
+    config = replace(FIT, max_epochs=80, lr=1e-9, reduce_lr_on_plateau=True, n_epochs_kl_warmup=0)
+    history = fit(model(), cells(60), replace(config, early_stopping_min_delta=1e3)).history
+    rates = [r["lr"] for r in history]
+    assert rates[0] == 1e-9 and rates[40] == pytest.approx(0.6e-9) and rates[-1] == pytest.approx(0.36e-9)
+
+
+def test_gradient_clipping_bounds_the_step():
+    free, clipped = model(), model()
+    fit(free, cells(), replace(FIT, max_epochs=1))
+    fit(clipped, cells(), replace(FIT, max_epochs=1, gradient_clip=1e-6))
+    start = weights(model())
+    assert max((weights(clipped)[k] - start[k]).abs().max() for k in start if "weight" in k) < 1e-3
+    assert not same(weights(free), weights(clipped))
+
+
+def test_a_loss_that_is_not_finite_names_the_step():
+    source = cells()
+    source.cells.data[source.cells.indptr[40]] = np.float32("inf")
+    with pytest.raises(DataError, match=r"The loss became (nan|inf) at epoch 0, step \d+"):
+        fit(model(), source, FIT)
+
+
+def test_deterministic_and_quick_gradients_agree():
+    net = model(**PRESETS["scarches"])
+    sampler = Sampler(n_rows=300, block_rows=50, batch_size=64)
+    with Loader(cells(), sampler).epoch(0) as batches:
+        batch = next(iter(batches))
+    gradients = []
+    for deterministic in (False, True):
+        net.zero_grad()
+        sums = backward(net, batch, 0.7, batch.n_cells, Workers(), deterministic=deterministic)
+        gradients.append([p.grad.clone() for p in net.parameters()])
+        assert sums[3] == batch.n_cells
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_lanes_are_the_batch_in_pieces():
+    sampler = Sampler(n_rows=300, block_rows=50, batch_size=64, n_lanes=5)
+    with Loader(cells(), sampler).epoch(0) as batches:
+        batch = next(iter(batches))
+    pieces = list(lanes(batch))
+    assert len(pieces) == 5
+    np.testing.assert_array_equal(np.concatenate([p.rows for p in pieces]), batch.rows)
+    np.testing.assert_array_equal(np.concatenate([p.data for p in pieces]), batch.data)
+    assert all(p.indptr[0] == 0 and p.indptr[-1] == len(p.data) for p in pieces)
+
+
+def test_batch_norm_cannot_be_computed_lane_by_lane():
+    with pytest.raises(ConfigError, match="batch norm mixes the cells"):
+        fit(model(use_batch_norm="both"), cells(), replace(FIT, deterministic=True))
+
+
+def test_too_few_cells_for_the_workers():
+    with pytest.raises(ConfigError, match="7 cells are too few for 2 workers"):
+        fit(model(), cells(7), FIT, Workers(0, 2))
