@@ -16,7 +16,6 @@ import json
 import logging
 import tempfile
 import warnings
-from dataclasses import replace
 from pathlib import Path
 
 import anndata as ad
@@ -27,7 +26,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import accuracy_score, f1_score
 from sklearn.neighbors import KNeighborsClassifier
 
-from scviaduct.distributed.config import SURGERY_FIT, FitConfig, MapConfig, TrackingConfig, TrainConfig
+from scviaduct.distributed.config import FitConfig, MapConfig, SurgeryConfig, TrackingConfig, TrainConfig
 from scviaduct.distributed.map import map as map_queries
 from scviaduct.distributed.train import train
 from scviaduct.distributed.transfer import Neighbours
@@ -118,7 +117,7 @@ def ours(
         tracking=tracking,
     )
     bundle = train(folder / "atlas.zarr", config)
-    surgery = replace(SURGERY_FIT, max_epochs=a.query_epochs, early_stopping=a.early_stopping, seed=seed)
+    surgery = SurgeryConfig(max_epochs=a.query_epochs, early_stopping=a.early_stopping, seed=seed)
     out = {}
     for k in (15, 50):
         target = folder / f"mapped{seed}-{k}"

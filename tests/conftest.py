@@ -10,7 +10,7 @@ os.environ |= {
     "MLFLOW_DISABLE_TELEMETRY": "true",
 }
 
-from hypothesis import settings  # noqa: E402
+from hypothesis import settings
 
 settings.register_profile("scviaduct", deadline=None, max_examples=60)
 settings.load_profile("scviaduct")

@@ -21,15 +21,13 @@ def ray_cluster(address: str | None, cpus: int) -> Iterator[None]:
     Raises:
         ConfigError: no cluster answers at `address`.
     """
-    if not address:
-        _loopback_only()
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    import ray
+    folder = Path(tempfile.mkdtemp(prefix="scv-"))  # short: unix socket paths end at 107 characters
+    _environment(None if address else folder)
+    import ray  # only now: Ray reads its environment when it is imported
 
     if ray.is_initialized():
         yield
         return
-    folder = Path(tempfile.mkdtemp(prefix="scv-"))  # short: unix socket paths end at 107 characters
     try:
         if address:
             _connect(address)
@@ -41,9 +39,17 @@ def ray_cluster(address: str | None, cpus: int) -> Iterator[None]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _loopback_only() -> None:
-    """A Ray of our own listens on 127.0.0.1 only; the switch is Ray's own, for single-machine use."""
-    os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+def _environment(own: Path | None) -> None:
+    """Ray's settings by environment variable; a user's own win. `own` is the folder of a Ray of our own."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    if own is None:
+        return
+    os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")  # Ray's switch for listening on 127.0.0.1 only
+    if os.environ.setdefault("RAY_AUTH_MODE", "token") == "token" and "RAY_AUTH_TOKEN" not in os.environ:
+        token = own / "token"
+        token.touch(mode=0o600)
+        token.write_text(secrets.token_hex(32))
+        os.environ["RAY_AUTH_TOKEN_PATH"] = str(token)
 
 
 def _connect(address: str) -> None:
@@ -58,11 +64,6 @@ def _connect(address: str) -> None:
 def _start(folder: Path, cpus: int) -> None:
     import ray
 
-    token = folder / "token"
-    token.write_text(secrets.token_hex(32))
-    token.chmod(0o600)
-    if os.environ.setdefault("RAY_AUTH_MODE", "token") == "token":
-        os.environ.setdefault("RAY_AUTH_TOKEN_PATH", str(token))
     ray.init(
         address="local",
         num_cpus=max(cpus, os.cpu_count() or 1),

@@ -57,7 +57,7 @@ class FitConfig:
     deterministic: bool = False
     """The same bits for every number of workers: gradients are added lane by lane, in lane order (slower)."""
     threads: int | None = None
-    """Threads of each worker. Default: the cores divided by the workers, 1 when deterministic."""
+    """Threads of each worker. Default: 1; from 1,024 cells a worker and step on, the cores divided by the workers."""
 
     def __post_init__(self) -> None:
         _positive(self, "max_epochs", "batch_size", "lr", "n_lanes", "threads", "gradient_clip")
@@ -68,6 +68,12 @@ class FitConfig:
     def epochs_for(self, n_cells: int) -> int:
         """max_epochs, or scvi-tools' rule for this many cells."""
         return self.max_epochs or max(1, min(round(20_000 / n_cells * 400), 400))
+
+    def threads_for(self, workers: int, cores: int) -> int:
+        """`threads`, or as many as pay: below about 1,024 cells a step threads wait for each other more than they help."""
+        if self.threads or self.deterministic or self.batch_size // workers < 1024:
+            return self.threads or 1
+        return max(1, cores // workers)
 
     def kl_weight(self, epoch: int, step: int) -> float:
         """Weight of the KL term at an epoch (from 0) and a global step."""
@@ -153,16 +159,25 @@ class TrainConfig:
         return cls(**record | tuples | nested | {"out": Path(record["out"])})
 
 
-SURGERY_FIT = FitConfig(
-    max_epochs=200,
-    weight_decay=0.0,
-    n_epochs_kl_warmup=0,
-    validation_size=0.0,
-    early_stopping=True,
-    early_stopping_patience=10,
-    early_stopping_min_delta=1e-3,
-)
-"""Surgery's defaults: as HLCA's mapping (early stopping on the training elbo, patience 10, min_delta 0.001)."""
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class SurgeryConfig(FitConfig):
+    """FitConfig with surgery's defaults: early stopping on the training elbo as in HLCA's mapping."""
+
+    max_epochs: int | None = 200
+    """Epochs at most."""
+    weight_decay: float = 0.0
+    """L2 penalty inside Adam, on the query's own columns."""
+    n_epochs_kl_warmup: int | None = 0
+    """Epochs over which the weight of the KL term rises from 0 to 1; 0 starts at 1."""
+    validation_size: float = 0.0
+    """Share of the cells held out from training, chosen by a hash of row and seed."""
+    early_stopping: bool = True
+    """Stop when the monitored elbo has not improved for a while, and keep the best epoch's weights."""
+    early_stopping_patience: int = 10
+    """Epochs without improvement before stopping."""
+    early_stopping_min_delta: float = 1e-3
+    """Smallest change of the elbo (nats per cell) that counts as an improvement."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,7 +204,7 @@ class MapConfig:
     """Reference neighbours that vote for a label."""
     max_uncertainty: float = 1.0
     """Cells with a larger uncertainty are labelled "Unknown"."""
-    fit: Annotated[FitConfig, Parameter(name="*")] = SURGERY_FIT
+    fit: Annotated[SurgeryConfig, Parameter(name="*")] = field(default_factory=SurgeryConfig)
     """How the query's parameters are fitted."""
     tracking: Annotated[TrackingConfig, Parameter(name="*")] = field(default_factory=TrackingConfig)
     """Where MLflow keeps the record."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import anndata as ad
@@ -13,7 +13,7 @@ import pandas as pd
 from sklearn.metrics import accuracy_score, f1_score
 
 from scviaduct.distributed.bundle import Bundle
-from scviaduct.distributed.config import SURGERY_FIT, FitConfig, MapConfig, TrackingConfig, TrainConfig
+from scviaduct.distributed.config import FitConfig, MapConfig, SurgeryConfig, TrackingConfig, TrainConfig
 from scviaduct.distributed.figures import before_and_after
 from scviaduct.distributed.files import refuse_existing
 from scviaduct.distributed.map import map
@@ -79,7 +79,7 @@ def demo(
     bundle = train(out / "atlas.zarr", config)
     done()
     done = stage("map", f"{len(queries)} queries by surgery, labels by nearest neighbours")
-    surgery = replace(SURGERY_FIT, max_epochs=60)
+    surgery = SurgeryConfig(max_epochs=60)
     mapping = MapConfig(out=out / "mapped", workers=workers, fit=surgery, tracking=tracking)
     summary = map(out / "run", queries, mapping)
     done()

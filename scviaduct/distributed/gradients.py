@@ -78,7 +78,7 @@ def _lane_by_lane(net: nn.Module, batch: Batch, kl_weight: float, n_global: int,
     sums, rows = torch.zeros(4, dtype=torch.float64), []
     for lane in lanes(batch):
         if lane.n_cells == 0:
-            rows.append(torch.zeros(sum(p.numel() for p in parameters)))
+            rows.append(parameters[0].new_zeros(sum(p.numel() for p in parameters)))
             continue
         losses = net(lane, kl_weight=kl_weight)
         gradients = torch.autograd.grad(losses.loss * (lane.n_cells / n_global), parameters)

@@ -85,7 +85,9 @@ def _atlas(path: Path) -> Inspection:
     facts["categorical obs"] = ", ".join(f"{k} ({len(v)})" for k, v in atlas.vocabulary.items())
     for marker in sorted(path.glob(f"views/[!.]*/{VIEW_MARKER}")):
         view = View.open(path, marker.parent.name)
-        facts[f"view {view.name}"] = f"{view.n_rows:,} cells x {len(view.genes):,} genes, {view.excluded:,} cells left out"
+        facts[f"view {view.name}"] = (
+            f"{view.n_rows:,} cells x {len(view.genes):,} genes, {view.excluded:,} cells left out"
+        )
     return Inspection("atlas", path, facts)
 
 

@@ -29,6 +29,7 @@ from scviaduct.distributed.loop import embed, fit
 from scviaduct.distributed.prior import set_library_prior
 from scviaduct.distributed.tracking import Tracker, fetch_model, flat
 from scviaduct.distributed.transfer import Neighbours, Transferred
+from scviaduct.distributed.workers import device
 from scviaduct.errors import ConfigError, DataError, ScviaductError
 from scviaduct.models.base import Model
 from scviaduct.models.surgery import extend
@@ -192,7 +193,7 @@ def map_one(reference: Reference, path: Path, config: MapConfig) -> Mapped:
 
 def _map_one(reference: Reference, path: Path, config: MapConfig) -> Mapped:
     model = reference.model()
-    torch.set_num_threads(config.fit.threads or max(1, torch.multiprocessing.cpu_count() // config.workers))
+    torch.set_num_threads(config.fit.threads_for(config.workers, torch.multiprocessing.cpu_count()))
     query = read_query(
         path,
         model.schema,
@@ -203,7 +204,7 @@ def _map_one(reference: Reference, path: Path, config: MapConfig) -> Mapped:
         floor=config.min_genes,
     )
     torch.manual_seed(config.fit.seed)
-    adapted = extend(model, query.schema)
+    adapted = extend(model, query.schema).to(device())
     source = MemorySource(query.batch)
     set_library_prior(adapted, source)
     history = fit(adapted, source, config.fit).history if adapted.query_parameters() else []

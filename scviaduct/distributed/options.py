@@ -7,8 +7,8 @@ from dataclasses import fields
 from typing import Any, get_args, get_type_hints
 
 from scviaduct.errors import ConfigError, nearest
-from scviaduct.models.scvi import PRESETS
 from scviaduct.models.base import Model
+from scviaduct.models.scvi import PRESETS
 
 
 def model_config(kind: type[Model], preset: str, assignments: Sequence[str]) -> Any:

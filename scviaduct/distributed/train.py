@@ -31,7 +31,7 @@ from scviaduct.distributed.loop import Hooks, embed, fit, samplers
 from scviaduct.distributed.options import model_config
 from scviaduct.distributed.prior import set_library_prior
 from scviaduct.distributed.tracking import Tracker, flat
-from scviaduct.distributed.workers import Workers
+from scviaduct.distributed.workers import Workers, device
 from scviaduct.errors import ConfigError
 from scviaduct.models import model_class
 from scviaduct.models.base import Model
@@ -96,11 +96,11 @@ def train(atlas: str | Path, config: TrainConfig, *, on_epoch: OnEpoch | None = 
 def work(job: Job) -> None:
     """One worker's part of the run: train, then embed its share of the reference."""
     config, workers = job.config, Workers.current()
-    torch.set_num_threads(_threads(config))
+    torch.set_num_threads(config.fit.threads_for(config.workers, torch.multiprocessing.cpu_count()))
     source = View.open(job.atlas, config.view).source(job.schema)
     torch.manual_seed(config.fit.seed)
     kind = model_class(config.model)
-    model = kind(job.schema, kind.Config(**job.model_options))
+    model = kind(job.schema, kind.Config(**job.model_options)).to(device())
     set_library_prior(model, source)
     attempt = _next_attempt(job.out, workers)
     hooks = Hooks(
@@ -121,12 +121,6 @@ def _schema(view: View, config: TrainConfig) -> Schema:
         continuous_covariate_keys=config.continuous_covariate_keys,
         size_factor_key=config.size_factor_key,
     )
-
-
-def _threads(config: TrainConfig) -> int:
-    if config.fit.threads:
-        return config.fit.threads
-    return 1 if config.fit.deterministic else max(1, torch.multiprocessing.cpu_count() // config.workers)
 
 
 def _as_started(config: TrainConfig) -> TrainConfig:

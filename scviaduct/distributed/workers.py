@@ -10,6 +10,11 @@ from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 
+def device() -> torch.device:
+    """The GPU this process was given, else the CPU. Ray shows each worker its own GPU as the first."""
+    return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+
+
 @dataclass(frozen=True)
 class Workers:
     """The place of this process among `world_size` equal ones; the default is a process of its own."""

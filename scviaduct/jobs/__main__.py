@@ -1,45 +1,52 @@
-"""The command line. Each verb's module is imported when that verb is called, so `scviaduct --help` answers at once."""
+"""The command line. What a verb works with is imported when it is called, so `scviaduct --help` answers at once."""
 
 from __future__ import annotations
 
+import errno
 import logging
 import sys
 
-from cyclopts import App
+from cyclopts import App, Parameter
 from rich.console import Console
 
 from scviaduct import __version__
 from scviaduct.errors import ScviaductError
+from scviaduct.jobs import convert, demo, inspect, map, prepare, train
 
 app = App(
     name="scviaduct",
     version=__version__,
     help="Train reference models on single-cell atlases larger than memory, and map hundreds of queries onto them.",
+    # a list is empty when it is not given: --empty-set and the like would say nothing more
+    default_parameter=Parameter(negative_iterable=()),
 )
 
-VERBS = {
-    "convert": "h5ad files become one verified, chunked Zarr atlas.",
-    "prepare": "Choose genes and write the shuffled view that training reads.",
-    "train": "Train a model on a view; the result is a bundle and an MLflow version.",
-    "map": "Map query files onto a trained model: embedding, labels, uncertainty.",
-    "inspect": "Say what a file, an atlas or a run holds, and whether it can be used.",
-    "demo": "Simulate studies and run the whole line on them.",
-}
-for _verb, _sentence in VERBS.items():
-    app.command(f"scviaduct.jobs.{_verb}:command", name=_verb, help=_sentence)
+for _place, _verb in enumerate((convert, prepare, train, map, inspect, demo)):
+    app.command(_verb.command, name=_verb.__name__.rpartition(".")[2], sort_key=_place)
+
+_SURROUNDINGS = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EEXIST}
+"""What the machine may refuse whoever is right: permissions, space, a file where a folder should be."""
 
 
 def main() -> None:
     """Run one verb. Exit code 0: done; 1: some queries failed; 2: wrong usage or input, told in one message."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     try:
-        code = app()
+        code = app(sys.argv[1:])
     except ScviaductError as error:
-        Console(stderr=True, soft_wrap=True, highlight=False).print(f"Error: {error}", markup=False)
-        code = 2
+        code = _refused(str(error))
+    except OSError as error:
+        if error.errno not in _SURROUNDINGS:
+            raise
+        code = _refused(f"{error.filename}: {error.strerror}." if error.filename else f"{error.strerror}.")
     except KeyboardInterrupt:
         code = 130
     sys.exit(code)
+
+
+def _refused(message: str) -> int:
+    Console(stderr=True, soft_wrap=True, highlight=False, emoji=False).print(f"Error: {message}", markup=False)
+    return 2
 
 
 if __name__ == "__main__":

@@ -8,7 +8,9 @@ from scviaduct.jobs.display import Steps, output
 
 
 def command(files: list[Path], /, *, out: Path, counts: str | None = None, memory: str = "2GB") -> int:
-    """h5ad files become one verified, chunked Zarr atlas; every count is checked on the way.
+    """h5ad files become one verified, chunked Zarr atlas.
+
+    Every count is checked on the way, and what was written is read back.
 
     Args:
         files: h5ad files, one a data set.

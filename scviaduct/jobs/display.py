@@ -9,18 +9,19 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-console = Console(stderr=True, highlight=False)
-output = Console(highlight=False, soft_wrap=True)
+# names of files are shown as they are: [x] is no markup and :car: no picture
+console = Console(stderr=True, highlight=False, markup=False, emoji=False)
+output = Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
 
 _LINE_SECONDS = 10.0
 
 
 class Steps:
-    """Counts towards `total` with a remark; in a log file one line every ten seconds, and the last."""
+    """Counts towards `total` with a remark; in a log file a line every ten seconds, and the last."""
 
     def __init__(self, title: str, total: int | None = None) -> None:
         self._title, self._total, self._done, self._remark = title, total, 0, ""
-        self._printed, self._printed_at = 0.0, 0
+        self._printed, self._printed_at = time.monotonic(), 0
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         self._bar = Progress(*columns, TextColumn("{task.fields[remark]}"), console=console, transient=True)
         self._task = self._bar.add_task(title, total=total, remark="")
@@ -31,8 +32,9 @@ class Steps:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: BaseException | TracebackType | None) -> None:
-        self._bar.stop()
-        if kind is None and self._done != self._printed_at and not console.is_terminal:
+        if console.is_terminal:
+            self._bar.stop()
+        elif kind is None and self._done != self._printed_at:
             self._line()
 
     def at(self, done: int, remark: str = "", total: int | None = None) -> None:
@@ -44,7 +46,7 @@ class Steps:
 
     def _line(self) -> None:
         self._printed, self._printed_at = time.monotonic(), self._done
-        console.print(f"{self._title} {self._done}/{self._total or '?'} {self._remark}", markup=False)
+        console.print(f"{self._title} {self._done}/{self._total or '?'} {self._remark}", soft_wrap=True)
 
 
 def epoch_remark(record: Mapping[str, float]) -> str:

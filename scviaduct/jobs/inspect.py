@@ -8,7 +8,9 @@ from scviaduct.jobs.display import output
 
 
 def command(path: Path, /) -> int:
-    """Say what an h5ad file, an atlas or a run holds, and whether it can be used. Exit code 2: it cannot.
+    """Say what a file, an atlas or a run holds, and whether it can be used.
+
+    Exit code 0: it can; 2: it cannot, and why.
 
     Args:
         path: FILE.h5ad, atlas.zarr, a run or a bundle.
@@ -16,5 +18,5 @@ def command(path: Path, /) -> int:
     from scviaduct.distributed.inspect import inspect
 
     for line in inspect(path).lines():
-        output.print(line, markup=False)
+        output.print(line)
     return 0

@@ -15,7 +15,9 @@ if TYPE_CHECKING:
 
 
 def command(model: str, queries: list[Path], /, *, config: Annotated[MapConfig, Parameter(name="*")]) -> int:
-    """Map query files onto a trained model: embedding, labels and their uncertainty, one result file a query.
+    """Map query files onto a trained model: embedding, labels, uncertainty.
+
+    Each query becomes OUT/<query>.h5ad: the file as it was, with the results in obsm and obs.
 
     Exit code 0: all mapped; 1: some failed, see summary.csv; 2: none could be.
 
@@ -25,17 +27,21 @@ def command(model: str, queries: list[Path], /, *, config: Annotated[MapConfig, 
     """
     from scviaduct.distributed.map import map
 
-    done = 0
+    results: list[Mapped] = []
+    untold: list[str] = []
 
     def told(result: Mapped) -> None:
-        nonlocal done
-        done += 1
-        steps.at(done, result.query)
-        if result.status == "failed" and len(queries) > 1:
-            console.print(f"{result.query}: {result.message}", markup=False, soft_wrap=True)
+        results.append(result)
+        steps.at(len(results), result.query)
+        if result.status == "failed":
+            untold.append(f"{result.query} failed: {result.message}")
+        # until one query is mapped this may be all that happens, and then the error at the end says it
+        if any(r.status == "mapped" for r in results):
+            while untold:
+                console.print(untold.pop(0), soft_wrap=True)
 
     with Steps("query", len(queries)) as steps:
         summary = map(model, queries, config, on_result=told)
     failed = int((summary["status"] != "mapped").sum())
-    output.print(f"{config.out}: {len(summary) - failed} of {len(summary)} queries mapped; see summary.csv.")
+    output.print(f"{config.out}: {len(summary) - failed} of {len(summary)} queries mapped; see summary.csv there.")
     return 1 if failed else 0

@@ -45,5 +45,6 @@ def command(
         overwrite=overwrite,
     )
     output.print(f"View {view.name!r} of {atlas}: {view.n_rows:,} cells, {len(view.genes):,} genes.")
-    output.print(f"Next: scviaduct train {atlas} --out runs/first", style="dim")
+    options = (f" --view {name}" if name != "default" else "") + (f" --batch-key {batch_key}" if batch_key else "")
+    output.print(f"Next: scviaduct train {atlas}{options} --out runs/first", style="dim")
     return 0

@@ -12,7 +12,9 @@ from scviaduct.jobs.display import Steps, epoch_remark, output
 
 
 def command(atlas: Path, /, *, config: Annotated[TrainConfig, Parameter(name="*")]) -> int:
-    """Train a model on a view of an atlas; the result is a bundle in OUT/bundle and a version in MLflow's registry.
+    """Train a model on a view; the result is a bundle and an MLflow version.
+
+    The bundle is OUT/bundle; the version is in MLflow's registry under the name of OUT.
 
     Args:
         atlas: An atlas with a view made by prepare.
@@ -22,6 +24,6 @@ def command(atlas: Path, /, *, config: Annotated[TrainConfig, Parameter(name="*"
     with Steps("epoch", config.fit.max_epochs) as steps:
         bundle = train(atlas, config, on_epoch=lambda r: steps.at(int(r["epoch"]) + 1, epoch_remark(r)))
     facts = bundle.facts["training"]
-    output.print(f"{bundle.path}: {bundle.name} of {facts['cells']:,} cells after {facts['epochs']} epochs.")
+    output.print(f"{config.out / 'bundle'}: {bundle.name} of {facts['cells']:,} cells after {facts['epochs']} epochs.")
     output.print(f"Next: scviaduct map {config.out} QUERY.h5ad --out mapped", style="dim")
     return 0

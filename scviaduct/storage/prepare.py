@@ -7,11 +7,12 @@ import fcntl
 import hashlib
 import json
 import logging
+import os
 import re
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TextIO
 
 import dask.utils
 import numpy as np
@@ -24,7 +25,7 @@ from scviaduct.errors import ConfigError, DataError, IncompleteError, OutputExis
 from scviaduct.storage.atlas import Atlas, DatasetInfo
 from scviaduct.storage.columns import DATASET, OBS_DATASET, Column, Tally, view_columns
 from scviaduct.storage.genes import normalise, select
-from scviaduct.storage.hvg import gene_columns, highly_variable_genes
+from scviaduct.storage.hvg import batches, gene_columns, highly_variable_genes
 from scviaduct.storage.manifest import VIEW_MARKER, read_json, sync_directory, sync_tree, tree_digest, write_json_atomic
 from scviaduct.storage.shuffle import Buckets, shuffle_keys
 from scviaduct.storage.view import FORMAT, View, array_name
@@ -117,17 +118,36 @@ def _parse_memory(memory: str) -> int:
 def _checked_path(atlas: Atlas, name: str) -> Path:
     if not re.fullmatch(r"\w[\w.-]*", name):
         raise ConfigError(f"A view's name consists of letters, digits, '_', '-' and '.': not {name!r}")
-    views = Path(atlas.path) / "views"
-    views.mkdir(exist_ok=True)
-    return views / name
+    return Path(atlas.path) / "views" / name
 
 
 @contextlib.contextmanager
 def _locked(final: Path) -> Iterator[None]:
-    """Only one process makes a view at a time; others wait, then find it made."""
-    with final.with_name(f".{final.name}.lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+    """Only one process makes a view at a time; others wait, then find it made. Nothing is left of the lock."""
+    path = final.with_name(f".{final.name}.lock")
+    while (lock := _lock(path)) is None:
+        pass
+    with lock:
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # other views are in it
+                path.parent.rmdir()
+
+
+def _lock(path: Path) -> TextIO | None:
+    """The lock, taken; None when its holder removed the file, or its folder, while this process waited."""
+    path.parent.mkdir(exist_ok=True)
+    try:
+        file = path.open("w")
+    except FileNotFoundError:
+        return None
+    fcntl.flock(file, fcntl.LOCK_EX)
+    if os.fstat(file.fileno()).st_nlink:
+        return file
+    file.close()
+    return None
 
 
 def _same_view(final: Path, recipe: dict[str, Any], *, overwrite: bool) -> bool:
@@ -186,6 +206,7 @@ def _build(atlas: Atlas, path: Path, recipe: dict[str, Any], memory: int) -> Non
 
 def _choose_genes(atlas: Atlas, recipe: dict[str, Any]) -> tuple[str, ...]:
     request, join = recipe["genes"], recipe["join"]
+    batches(atlas, recipe["batch_key"])  # a column that is misspelt is refused also when nothing has to be ranked
     if isinstance(request, list):
         return tuple(request)
     available = atlas.genes(join)

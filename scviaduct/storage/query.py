@@ -97,7 +97,7 @@ def _batch_names(file: CountsFile, schema: Schema, batch_key: str | None, *, one
     key = batch_key or schema.batch.key
     if key not in file.obs.columns and key != OBS_DATASET:
         raise MissingColumnError(
-            f"{file.path}: obs has no batch column {key!r}: {nearest(key, file.obs.columns)} "
+            f"{file.path}: obs has no batch column {key!r} ({nearest(key, file.obs.columns)}). "
             "Name the column with --batch-key COLUMN, or map the file as one batch with --one-batch."
         )
     return _column(file, key, "batch")

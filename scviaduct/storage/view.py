@@ -40,11 +40,14 @@ class View:
     def open(cls, atlas_path: str | Path, name: str = "default") -> View:
         """Open the view `name` of the atlas.
 
-        Raises IncompleteError when it does not exist, was not finished, or its files are not those it was written with.
+        Raises IncompleteError when it does not exist, was not finished, or its files are not those it was written with,
+        UnreadableFileError when `atlas_path` is no atlas.
         """
         atlas_path = Path(atlas_path)
         path = atlas_path / "views" / name
         if not (path / VIEW_MARKER).is_file():
+            if not (atlas_path / "views").exists():
+                Atlas.open(atlas_path)  # tells what is there when it is no atlas at all
             made = sorted(p.parent.name for p in atlas_path.glob(f"views/[!.]*/{VIEW_MARKER}"))
             there = "was not finished" if path.exists() else f"does not exist ({nearest(name, made)})"
             raise IncompleteError(

@@ -5,7 +5,7 @@ from dataclasses import fields, replace
 import numpy as np
 import pytest
 
-from scviaduct.distributed.config import SURGERY_FIT, FitConfig, MapConfig, TrackingConfig, TrainConfig
+from scviaduct.distributed.config import FitConfig, MapConfig, SurgeryConfig, TrackingConfig, TrainConfig
 from scviaduct.distributed.train import train
 from scviaduct.storage.convert import convert
 from scviaduct.storage.prepare import prepare
@@ -13,7 +13,7 @@ from scviaduct.storage.simulate import Biology
 
 NO_TRACKING = TrackingConfig(tracking_uri="none")
 QUICK = FitConfig(max_epochs=6, batch_size=32, lr=3e-3, n_epochs_kl_warmup=100, threads=1)
-QUICK_SURGERY = replace(SURGERY_FIT, max_epochs=5, threads=1)
+QUICK_SURGERY = SurgeryConfig(max_epochs=5, threads=1)
 SMALL = ("n_hidden=32", "n_latent=5")
 
 

@@ -10,8 +10,7 @@ from scviaduct.distributed.gradients import backward, lanes
 from scviaduct.distributed.loop import Hooks, fit
 from scviaduct.distributed.workers import Workers
 from scviaduct.errors import ConfigError, DataError
-from scviaduct.models.scvi import PRESETS
-from scviaduct.models.scvi import SCVI
+from scviaduct.models.scvi import PRESETS, SCVI
 from scviaduct.schema import Batch, Covariate, Schema
 from scviaduct.storage.loader import Loader, MemorySource
 from scviaduct.storage.sampler import Sampler

@@ -15,8 +15,14 @@ from safetensors.torch import load_file
 from scviaduct.distributed.bundle import Bundle
 from scviaduct.distributed.celllog import read_cells
 from scviaduct.distributed.train import train
-from scviaduct.errors import ConfigError, DataError, IncompleteError, MissingColumnError, OutputExistsError
-from scviaduct.errors import UnreadableFileError
+from scviaduct.errors import (
+    ConfigError,
+    DataError,
+    IncompleteError,
+    MissingColumnError,
+    OutputExistsError,
+    UnreadableFileError,
+)
 from scviaduct.storage.sampler import Split
 from scviaduct.storage.view import View
 
@@ -149,7 +155,7 @@ def test_a_killed_driver_is_resumed_exactly(atlas, config, tmp_path):
         process = subprocess.Popen(command(atlas, made, **flags), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
         size = len(read_cells(made.out / "cells")) if attempt else 0
         goal = size + int(rng.integers(300, 1200))
-        files = lambda: sum(f.stat().st_size for f in (made.out / "cells").glob("*")) // 24  # noqa: B023, E731
+        files = lambda: sum(f.stat().st_size for f in (made.out / "cells").glob("*")) // 24  # noqa: E731
         before = files() if attempt else 0
         wait_for(lambda: process.poll() is not None or files() - before > goal - size)  # noqa: B023
         assert process.poll() is None, process.stderr.read()

@@ -186,7 +186,7 @@ def test_the_same_recipe_reuses_the_view_and_another_is_refused(atlas: Atlas) ->
         with pytest.raises(OutputExistsError, match=f"different: {next(iter(other))}"):
             prepare(atlas, **{"genes": "all", "name": "again"} | other)
     assert prepare(atlas, genes="all", name="again", seed=1, overwrite=True).digest != first.digest
-    assert not [p.name for p in first.path.parent.iterdir() if p.name.startswith(".again.") and p.suffix != ".lock"]
+    assert not list(first.path.parent.glob(".again.*"))
 
 
 @pytest.mark.parametrize(
@@ -235,7 +235,7 @@ def test_a_failure_leaves_no_view_and_the_next_run_makes_it(
     with monkeypatch.context() as patch, pytest.raises(OSError, match="No space"):
         patch.setattr(module, where, fail)
         prepare(atlas, genes="all")
-    assert [p.name for p in (atlas.path / "views").iterdir()] == [".default.lock"]
+    assert not (atlas.path / "views").exists()
     with pytest.raises(IncompleteError, match="scviaduct prepare"):
         View.open(atlas.path)
     assert prepare(atlas, genes="all").n_rows > 0
