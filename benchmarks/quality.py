@@ -73,7 +73,7 @@ def scvi_tools(
     scvi.settings.verbosity = logging.ERROR
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     scvi.settings.seed = seed
-    quiet = {"enable_progress_bar": False, "logger": False, "accelerator": "cpu"}
+    quiet = {"enable_progress_bar": False, "accelerator": "cpu"}
     reference, query = reference.copy(), query.copy()
     scvi.model.SCVI.setup_anndata(reference, batch_key=a.batch_key)
     model = scvi.model.SCVI(reference, n_latent=a.n_latent, gene_likelihood=a.likelihood, **options)

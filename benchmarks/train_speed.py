@@ -70,7 +70,6 @@ def theirs(
         train_size=1.0,
         accelerator="cpu",
         enable_progress_bar=False,
-        logger=False,
         enable_checkpointing=False,
         callbacks=[Clock()],
         plan_kwargs={"n_epochs_kl_warmup": 0},

@@ -212,4 +212,6 @@ class MapConfig:
     def __post_init__(self) -> None:
         _positive(self, "workers", "n_neighbors")
         if not 0 <= self.min_genes <= 1 or not 0 <= self.max_uncertainty <= 1:
-            raise ConfigError("min_genes and max_uncertainty must lie in [0, 1].")
+            raise ConfigError(
+                f"min_genes and max_uncertainty must lie in [0, 1], not {self.min_genes} and {self.max_uncertainty}."
+            )

@@ -43,11 +43,15 @@ def inspect(path: str | Path) -> Inspection:
     """
     path = Path(path)
     if not path.exists():
-        raise UnreadableFileError(f"{path} does not exist.")
+        raise UnreadableFileError(f"{path} does not exist; name an h5ad file, an atlas, a run or a bundle.")
     if path.is_file():
         return _h5ad(path)
     if (path / ATLAS_MARKER).exists() or path.suffix == ".zarr":
         return _atlas(path)
+    if not any((path / name).exists() for name in ("run.json", "model.json", "bundle")):
+        raise UnreadableFileError(
+            f"{path} is a folder, but no atlas, run or bundle: it has no atlas.json or model.json."
+        )
     return _bundle(path)
 
 

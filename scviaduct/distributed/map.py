@@ -112,7 +112,7 @@ def map(
     paths = _named_once(queries)
     bundle = Bundle.open(fetch_model(str(model), config.tracking) if str(model).startswith("models:/") else model)
     tracker = Tracker(config.tracking)
-    config.out.mkdir(parents=True)
+    made = _make(config.out)
     try:
         training = bundle.facts["training"]
         tags = {"model": str(model), "view_digest": training["view_digest"], "trained_by": str(training["mlflow_run"])}
@@ -131,9 +131,16 @@ def map(
             tracker.artifacts(config.out / "summary.csv", "")
     except BaseException:
         if not list(config.out.glob("*.h5ad")):
-            shutil.rmtree(config.out)
+            shutil.rmtree(made)
         raise
     return summary
+
+
+def _make(folder: Path) -> Path:
+    """Make a folder and those above it that are missing; gives the topmost that was made."""
+    topmost = next(p for p in reversed([folder, *folder.parents]) if not p.exists())
+    folder.mkdir(parents=True)
+    return topmost
 
 
 def _named_once(queries: Sequence[str | Path]) -> list[Path]:

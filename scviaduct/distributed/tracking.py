@@ -34,8 +34,7 @@ class Tracker:
     def _open(self, experiment: str) -> None:
         from mlflow import MlflowClient
 
-        for name in ("alembic", "mlflow"):
-            logging.getLogger(name).setLevel(logging.WARNING)
+        _quiet()
         client = MlflowClient(self.uri)
         found = client.get_experiment_by_name(experiment)
         self._experiment = (
@@ -100,9 +99,11 @@ class Tracker:
         self._attempt("log the data set", lambda: self._client.log_inputs(self.run_id, datasets=[entry]))
 
     def artifacts(self, folder: Path, under: str) -> None:
-        """Copy a folder's files into the run."""
-        if self.run_id:
-            self._attempt("log artifacts", lambda: self._client.log_artifacts(self.run_id, str(folder), under))
+        """Copy a file, or a folder's files, into the run."""
+        if not self.run_id:
+            return
+        log_into = self._client.log_artifacts if folder.is_dir() else self._client.log_artifact
+        self._attempt("log artifacts", lambda: log_into(self.run_id, str(folder), under))
 
     def register(self, name: str, tags: Mapping[str, str], alias: str = "current") -> str | None:
         """A registry version of the run's bundle, with an alias; its number."""
@@ -143,6 +144,12 @@ def _uri(config: TrackingConfig) -> str | None:
     return None if uri == "none" else uri
 
 
+def _quiet() -> None:
+    """MLflow tells of every table it makes in a new SQLite store."""
+    for name in ("alembic", "mlflow"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+
+
 def _artifacts(uri: str) -> str | None:
     """Beside a SQLite file lie its artifacts; a server knows its own place."""
     return (Path(uri.removeprefix("sqlite:///")).parent / "mlartifacts").as_uri() if uri.startswith("sqlite:") else None
@@ -154,11 +161,18 @@ def fetch_model(uri: str, config: TrackingConfig) -> Path:
     Raises:
         ConfigError: the registry has no such model.
     """
+    where = _uri(config)
+    if where is None:
+        raise ConfigError(f'{uri} is looked up in MLflow\'s registry; name it with --tracking-uri, now "none".')
+    store = Path(where.removeprefix("sqlite:///"))
+    if where.startswith("sqlite:///") and not store.exists():
+        raise ConfigError(f"{uri} is not in the registry: there is no {store}. Name another with --tracking-uri.")
     from mlflow import MlflowClient
     from mlflow.artifacts import download_artifacts
     from mlflow.exceptions import MlflowException
 
-    where, client = _uri(config), MlflowClient(_uri(config))
+    _quiet()
+    client = MlflowClient(where)
     name, separator, alias = uri.removeprefix("models:/").partition("@")
     try:
         if separator:

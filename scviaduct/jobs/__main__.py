@@ -13,12 +13,18 @@ from scviaduct import __version__
 from scviaduct.errors import ScviaductError
 from scviaduct.jobs import convert, demo, inspect, map, prepare, train
 
+
+def _shown(default: object) -> str | None:
+    """A default in --help; that a flag is off and a list empty goes without saying."""
+    return None if default in (None, ()) or default is False else str(default)
+
+
 app = App(
     name="scviaduct",
     version=__version__,
     help="Train reference models on single-cell atlases larger than memory, and map hundreds of queries onto them.",
     # a list is empty when it is not given: --empty-set and the like would say nothing more
-    default_parameter=Parameter(negative_iterable=()),
+    default_parameter=Parameter(negative_iterable=(), show_default=_shown),
 )
 
 for _place, _verb in enumerate((convert, prepare, train, map, inspect, demo)):

@@ -9,9 +9,7 @@ from scviaduct.errors import ConfigError
 from scviaduct.models.scvi import SCVI
 
 
-@pytest.mark.parametrize(
-    ("n", "epochs"), [(100, 400), (20_000, 400), (40_000, 200), (1_000_000, 8), (100_000_000, 1)]
-)
+@pytest.mark.parametrize(("n", "epochs"), [(100, 400), (20_000, 400), (40_000, 200), (1_000_000, 8), (100_000_000, 1)])
 def test_epochs_follow_scvi_tools_rule(n, epochs):
     assert FitConfig().epochs_for(n) == epochs and FitConfig(max_epochs=3).epochs_for(n) == 3
 
@@ -54,7 +52,9 @@ def test_a_configuration_survives_json():
 
 
 def test_model_options():
-    made = model_config(SCVI, "scarches", ["n_latent=20", "dropout_rate=0.2", "gene_likelihood=nb", "use_layer_norm=none"])
+    made = model_config(
+        SCVI, "scarches", ["n_latent=20", "dropout_rate=0.2", "gene_likelihood=nb", "use_layer_norm=none"]
+    )
     assert (made.n_latent, made.dropout_rate, made.gene_likelihood, made.n_layers) == (20, 0.2, "nb", 2)
     assert made.encode_covariates and made.use_layer_norm == "none"  # what --set says comes last
     assert model_config(SCVI, "default", ["encode_covariates=true"]).encode_covariates is True

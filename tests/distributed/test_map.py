@@ -25,7 +25,9 @@ def test_a_query_gets_embedding_labels_and_uncertainty(run, query_file, map_conf
     assert result.obs["cell_type_uncertainty"].between(0, 1).all()
     accuracy = (result.obs["cell_type_pred"].astype(str) == result.obs["cell_type"].astype(str)).mean()
     assert accuracy > 0.6  # three well separated types, six epochs
-    pd.testing.assert_frame_equal(pd.read_csv(tmp_path / "mapped" / "summary.csv").fillna({"message": ""}), summary, check_dtype=False)
+    pd.testing.assert_frame_equal(
+        pd.read_csv(tmp_path / "mapped" / "summary.csv").fillna({"message": ""}), summary, check_dtype=False
+    )
 
 
 def broken(path, biology, how):

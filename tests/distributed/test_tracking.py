@@ -10,7 +10,9 @@ from scviaduct.distributed.tracking import Tracker, flat
 from scviaduct.distributed.train import train
 from scviaduct.errors import ConfigError
 
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::ResourceWarning")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::ResourceWarning"
+)
 
 
 def test_data_run_model_and_query_are_linked(atlas, query_file, config, map_config, tmp_path):

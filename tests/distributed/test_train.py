@@ -132,7 +132,13 @@ def command(atlas, config, **flags):
     """The command line of a configuration."""
     options = {"batch-key": config.batch_key, "labels-key": config.labels_key, "preset": config.preset}
     options |= {"max-epochs": config.fit.max_epochs, "batch-size": config.fit.batch_size, "threads": 1}
-    options |= {"out": config.out, "tracking-uri": "none", "n-epochs-kl-warmup": 100, "lr": config.fit.lr, "checkpoint-seconds": 0.01}
+    options |= {
+        "out": config.out,
+        "tracking-uri": "none",
+        "n-epochs-kl-warmup": 100,
+        "lr": config.fit.lr,
+        "checkpoint-seconds": 0.01,
+    }
     words = [str(w) for k, v in {**options, **flags}.items() for w in ([f"--{k}", v] if v is not True else [f"--{k}"])]
     words += [w for option in config.set for w in ("--set", option)]
     return [sys.executable, "-m", "scviaduct.jobs", "train", str(atlas), "--log-cells", *words]
