@@ -32,14 +32,17 @@ def as_tensor(array: NDArray[Any], dtype: DTypeLike, device: torch.device) -> Te
 
 def use_threads(n_cells: int) -> int:
     """Let numba use as many threads as torch in this thread; returns into how many chunks to cut the cells."""
-    if n_cells < _PARALLEL_FROM:
+    wanted = torch.get_num_threads()
+    threads = min(wanted, cast(Any, numba.config).NUMBA_NUM_THREADS)
+    if n_cells < _PARALLEL_FROM or threads == 1:
         return 1
-    threads = min(torch.get_num_threads(), cast(Any, numba.config).NUMBA_NUM_THREADS)
     numba.set_num_threads(threads)
+    if torch.get_num_threads() != wanted:  # where both share one OpenMP, numba's first call sets it to all cores
+        torch.set_num_threads(wanted)
     return threads
 
 
-@numba.njit(nogil=True, cache=True, error_model="numpy", fastmath=True)
+@numba.njit(forceinline=True, nogil=True, cache=True, error_model="numpy", fastmath=True)
 def _sum_rows(
     indptr: NDArray[np.int64],
     indices: NDArray[np.int32],

@@ -38,7 +38,7 @@ _INVERSE_FACTORIAL = np.array([1.0 / math.factorial(k) for k in range(_SMALL_COU
 _LOG_FACTORIAL = np.array([math.lgamma(k + 1.0) for k in range(256)])
 
 
-@numba.njit(nogil=True, cache=True, error_model="numpy", fastmath=True)
+@numba.njit(forceinline=True, nogil=True, cache=True, error_model="numpy", fastmath=True)
 def _largest(row: Row) -> np.float32:
     top = row[0]
     for g in range(row.size):
@@ -46,7 +46,7 @@ def _largest(row: Row) -> np.float32:
     return top
 
 
-@numba.njit(nogil=True, cache=True, error_model="numpy", fastmath=RELAXED)
+@numba.njit(forceinline=True, nogil=True, cache=True, error_model="numpy", fastmath=RELAXED)
 def _softmax_rate(logits: Row, library: np.float32, mu: Row) -> np.float32:
     """mu = exp(library) * softmax(logits); returns log mu - logits, the same for all genes."""
     top = _largest(logits)
@@ -60,7 +60,7 @@ def _softmax_rate(logits: Row, library: np.float32, mu: Row) -> np.float32:
     return library - top - log(total)
 
 
-@numba.njit(nogil=True, cache=True, error_model="numpy", fastmath=RELAXED)
+@numba.njit(forceinline=True, nogil=True, cache=True, error_model="numpy", fastmath=RELAXED)
 def _softplus_rate(logits: Row, library: np.float32, mu: Row) -> np.float32:
     """mu = exp(library) * log(1 + exp(logits)); returns log mu - logits where logits are far below 0."""
     size = exp(library) if library > _EMPTY else _ZERO
@@ -71,7 +71,7 @@ def _softplus_rate(logits: Row, library: np.float32, mu: Row) -> np.float32:
     return library
 
 
-@numba.njit(nogil=True, cache=True, error_model="numpy", fastmath=RELAXED)
+@numba.njit(forceinline=True, nogil=True, cache=True, error_model="numpy", fastmath=RELAXED)
 def _nb_zeros(mu: Row, theta: Row, a: Row, q: Row, tl: Row) -> np.float32:
     """All counts 0: returns the loss; writes it per gene to tl, a, and q = dL/dpx_r."""
     loss = _ZERO
@@ -88,7 +88,7 @@ def _nb_zeros(mu: Row, theta: Row, a: Row, q: Row, tl: Row) -> np.float32:
     return loss
 
 
-@numba.njit(nogil=True, cache=True, error_model="numpy", fastmath=RELAXED)
+@numba.njit(forceinline=True, nogil=True, cache=True, error_model="numpy", fastmath=RELAXED)
 def _extra_zeros(zi: Row, tl: Row, dzi: Row, sure: Row) -> np.float32:
     """All counts 0, mixed with extra zeros: returns the loss, writes `sure` and the part of dL/dpi known so far."""
     loss = _ZERO
@@ -101,7 +101,7 @@ def _extra_zeros(zi: Row, tl: Row, dzi: Row, sure: Row) -> np.float32:
     return loss
 
 
-@numba.njit(nogil=True, cache=True, error_model="numpy")
+@numba.njit(forceinline=True, nogil=True, cache=True, error_model="numpy")
 def _rising(x: float, theta: float) -> tuple[float, float]:
     """log Gamma(x+theta)/Gamma(theta) and its derivative by theta: Stirling's difference, shifted up to 12."""
     low, shift, slope = theta, 0.0, 0.0
@@ -117,14 +117,14 @@ def _rising(x: float, theta: float) -> tuple[float, float]:
     return value + shift, digamma + slope
 
 
-@numba.njit(nogil=True, cache=True, error_model="numpy")
+@numba.njit(forceinline=True, nogil=True, cache=True, error_model="numpy")
 def _large_count(x: float, theta: float, m: float, total: float) -> tuple[float, float]:
     """-log prod_{k<x} (theta + k) m / (total (k + 1)) and sum_{k<x} 1 / (theta + k) without the product."""
     value, digamma = _rising(x, theta)
     return math.lgamma(x + 1.0) - value - x * math.log(m / total), digamma
 
 
-@numba.njit(nogil=True, cache=True, error_model="numpy")
+@numba.njit(forceinline=True, nogil=True, cache=True, error_model="numpy")
 def _nb_counts(genes: NDArray[np.int32], counts: Row, mu: Row, theta: Row, a: Row, q: Row) -> float:
     """Add to a and q what the non-zeros change; returns the change of the loss."""
     loss, product = 0.0, 1.0
@@ -155,7 +155,7 @@ def _nb_counts(genes: NDArray[np.int32], counts: Row, mu: Row, theta: Row, a: Ro
     return loss - math.log(product)
 
 
-@numba.njit(nogil=True, cache=True, error_model="numpy", fastmath=RELAXED)
+@numba.njit(forceinline=True, nogil=True, cache=True, error_model="numpy", fastmath=RELAXED)
 def _not_extra(genes: NDArray[np.int32], zi: Row, tl: Row, sure: Row) -> np.float32:
     """An observed count is never an extra zero: softplus(-t) joins the loss and `sure` becomes 1."""
     loss = _ZERO
@@ -167,14 +167,14 @@ def _not_extra(genes: NDArray[np.int32], zi: Row, tl: Row, sure: Row) -> np.floa
     return loss
 
 
-@numba.njit(nogil=True, cache=True, error_model="numpy", fastmath=RELAXED)
+@numba.njit(forceinline=True, nogil=True, cache=True, error_model="numpy", fastmath=RELAXED)
 def _nb_gradients(a: Row, q: Row, weight: np.float32, dr: Row) -> None:
     for g in range(a.size):
         a[g] *= weight
         dr[g] += weight * q[g]
 
 
-@numba.njit(nogil=True, cache=True, error_model="numpy", fastmath=RELAXED)
+@numba.njit(forceinline=True, nogil=True, cache=True, error_model="numpy", fastmath=RELAXED)
 def _zinb_gradients(a: Row, q: Row, sure: Row, weight: np.float32, dr: Row, dzi: Row) -> None:
     for g in range(a.size):
         s = weight * sure[g]
@@ -183,7 +183,7 @@ def _zinb_gradients(a: Row, q: Row, sure: Row, weight: np.float32, dr: Row, dzi:
         dzi[g] = weight * dzi[g] + s
 
 
-@numba.njit(nogil=True, cache=True, error_model="numpy", fastmath=RELAXED)
+@numba.njit(forceinline=True, nogil=True, cache=True, error_model="numpy", fastmath=RELAXED)
 def _poisson_zeros(mu: Row, weight: np.float32, a: Row) -> np.float32:
     loss = _ZERO
     for g in range(mu.size):
@@ -192,7 +192,7 @@ def _poisson_zeros(mu: Row, weight: np.float32, a: Row) -> np.float32:
     return loss
 
 
-@numba.njit(nogil=True, cache=True, error_model="numpy")
+@numba.njit(forceinline=True, nogil=True, cache=True, error_model="numpy")
 def _poisson_counts(genes: NDArray[np.int32], counts: Row, mu: Row, log_mu: Row, weight: np.float32, a: Row) -> float:
     """`log_mu` stands in for log(mu) where mu has left float32's range."""
     loss = 0.0
@@ -204,7 +204,7 @@ def _poisson_counts(genes: NDArray[np.int32], counts: Row, mu: Row, log_mu: Row,
     return loss
 
 
-@numba.njit(nogil=True, cache=True, error_model="numpy", fastmath=RELAXED)
+@numba.njit(forceinline=True, nogil=True, cache=True, error_model="numpy", fastmath=RELAXED)
 def _normal(x: Row, mu: Row, px_r: Row, weight: np.float32, a: Row, dr: Row) -> np.float32:
     loss = _ZERO
     for g in range(mu.size):
@@ -216,7 +216,7 @@ def _normal(x: Row, mu: Row, px_r: Row, weight: np.float32, a: Row, dr: Row) -> 
     return loss
 
 
-@numba.njit(nogil=True, cache=True, error_model="numpy", fastmath=RELAXED)
+@numba.njit(forceinline=True, nogil=True, cache=True, error_model="numpy", fastmath=RELAXED)
 def _softmax_back(mu: Row, library: np.float32, a: Row) -> np.float32:
     """a becomes the gradient of the logits; returns that of the library."""
     total = _ZERO
@@ -228,7 +228,7 @@ def _softmax_back(mu: Row, library: np.float32, a: Row) -> np.float32:
     return total
 
 
-@numba.njit(nogil=True, cache=True, error_model="numpy", fastmath=RELAXED)
+@numba.njit(forceinline=True, nogil=True, cache=True, error_model="numpy", fastmath=RELAXED)
 def _softplus_back(logits: Row, a: Row) -> np.float32:
     """As `_softmax_back`; d log softplus(l) / dl = sigmoid(l) / softplus(l), which is 1 where l is far below 0."""
     total = _ZERO
@@ -280,7 +280,7 @@ class Outputs(NamedTuple):
     zi: Row
 
 
-@numba.njit(nogil=True, cache=True, error_model="numpy")
+@numba.njit(forceinline=True, nogil=True, cache=True, error_model="numpy")
 def _counts_cell(kind: Kind, i: int, rows: tuple, cell: tuple, inputs: Inputs, out: Outputs, work: Row) -> float:
     """Loss and gradients by log mu, px_r and zi of cell i under NB or ZINB."""
     genes, counts = cell
@@ -298,7 +298,7 @@ def _counts_cell(kind: Kind, i: int, rows: tuple, cell: tuple, inputs: Inputs, o
     return loss
 
 
-@numba.njit(nogil=True, cache=True, error_model="numpy")
+@numba.njit(forceinline=True, nogil=True, cache=True, error_model="numpy")
 def _other_cell(kind: Kind, i: int, rows: tuple, cell: tuple, inputs: Inputs, out: Outputs, work: Row) -> float:
     """As `_counts_cell` under Poisson (work[1] is log mu) or Normal (work[1] becomes the dense counts)."""
     genes, counts = cell
@@ -311,7 +311,7 @@ def _other_cell(kind: Kind, i: int, rows: tuple, cell: tuple, inputs: Inputs, ou
     return float(_normal(x, mu, inputs.px_r[rows[0]], kind.weight, a, out.px_r[rows[1]]))
 
 
-@numba.njit(nogil=True, cache=True, error_model="numpy")
+@numba.njit(forceinline=True, nogil=True, cache=True, error_model="numpy")
 def chunk_of_cells(kind: Kind, x: Nonzeros, inputs: Inputs, out: Outputs, chunk: int | np.int64, chunks: int) -> None:
     """Fill `out` for one of `chunks` equal parts of the cells."""
     n, width = inputs.logits.shape

@@ -23,7 +23,7 @@ _L3, _L4, _L5 = _f(-1.2420140846e-1), _f(1.4249322787e-1), _f(-1.6668057665e-1)
 _L6, _L7, _L8 = _f(2.0000714765e-1), _f(-2.4999993993e-1), _f(3.3333331174e-1)
 
 
-@numba.njit(nogil=True, cache=True, error_model="numpy", fastmath={"contract"})
+@numba.njit(forceinline=True, nogil=True, cache=True, error_model="numpy", fastmath={"contract"})
 def exp(x: np.float32) -> np.float32:
     """e**x; x is clamped to [-87, 88], where float32 ends."""
     x = min(max(x, _LEAST), _MOST)
@@ -34,7 +34,7 @@ def exp(x: np.float32) -> np.float32:
     return (p * r * r + r + _ONE) * power.view(np.float32)
 
 
-@numba.njit(nogil=True, cache=True, error_model="numpy", fastmath={"contract"})
+@numba.njit(forceinline=True, nogil=True, cache=True, error_model="numpy", fastmath={"contract"})
 def log(x: np.float32) -> np.float32:
     """Natural logarithm of a normal positive float32."""
     bits = np.float32(x).view(np.int32)
@@ -48,7 +48,7 @@ def log(x: np.float32) -> np.float32:
     return m + (y + e * _LN2_LOW - _HALF * z) + e * _LN2_HIGH
 
 
-@numba.njit(nogil=True, cache=True, error_model="numpy", fastmath={"contract"})
+@numba.njit(forceinline=True, nogil=True, cache=True, error_model="numpy", fastmath={"contract"})
 def lost(r: np.float32, u: np.float32) -> np.float32:
     """What rounding took from u = 1 + r, so log1p(r) is log(u) + lost / u. Strict: must not be simplified to 0."""
     return r - (u - _ONE)
