@@ -147,7 +147,9 @@ def test_extreme_poisson(x, logits, softplus):
     px = Decoded(torch.tensor([logits]), torch.tensor([math.log(max(1.0, sum(x)))]), None, None, softplus)
     loss, grads = reference("poisson", counts, px)
     out, ours = fused("poisson", counts, px)
-    np.testing.assert_allclose(float(out.total), float(loss.sum()), rtol=1e-5, atol=1e-4)
+    # x log(mu) and lgamma(x + 1) cancel: what is left carries float32's error of terms of this size
+    terms = sum(x) * math.log(1.0 + sum(x))
+    np.testing.assert_allclose(float(out.total), float(loss.sum()), rtol=1e-5, atol=1e-4 + 1e-7 * terms)
     np.testing.assert_allclose(ours[0].numpy(), grads[0].numpy(), rtol=1e-4, atol=3e-6 * max(1.0, max(x)))
 
 
