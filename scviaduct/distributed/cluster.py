@@ -6,6 +6,7 @@ import logging
 import os
 import secrets
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,13 +22,13 @@ def ray_cluster(address: str | None, cpus: int) -> Iterator[None]:
     Raises:
         ConfigError: no cluster answers at `address`.
     """
+    if "ray" in sys.modules and sys.modules["ray"].is_initialized():
+        yield
+        return
     folder = Path(tempfile.mkdtemp(prefix="scv-"))  # short: unix socket paths end at 107 characters
     _environment(None if address else folder)
     import ray  # only now: Ray reads its environment when it is imported
 
-    if ray.is_initialized():
-        yield
-        return
     try:
         if address:
             _connect(address)

@@ -39,7 +39,9 @@ def command(*, out: Path = Path("demo"), seed: int = 0, workers: int = 2) -> int
 
 def _table(made: Demo) -> Table:
     title = f"\nQueries mapped onto {made.bundle.facts['training']['cells']:,} reference cells"
-    table = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1), title_justify="left", pad_edge=False, collapse_padding=True)
+    table = Table(
+        title=title, box=SIMPLE_HEAD, padding=(0, 1), title_justify="left", pad_edge=False, collapse_padding=True
+    )
     for name in ("query", "status", "cells", "genes", "accuracy", "F1", "uncert.", "unseen", "s"):
         table.add_column(name, justify="left" if name in {"query", "status"} else "right", no_wrap=True)
     for r in made.table.itertuples():

@@ -16,6 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.sparse import csr_matrix, vstack
 
+from scviaduct.storage.sampler import mix
+
 
 def shuffle_keys(seed: int, dataset_id: str, rows: NDArray[np.int64]) -> NDArray[np.uint64]:
     """(cells,) uint64 random keys: outputs `rows` of a splitmix64 stream (Steele et al., 2014) of the data set.
@@ -23,10 +25,7 @@ def shuffle_keys(seed: int, dataset_id: str, rows: NDArray[np.int64]) -> NDArray
     Rows of one data set never share a key, because splitmix64 is a bijection.
     """
     start = np.frombuffer(hashlib.sha256(f"{seed}:{dataset_id}".encode()).digest()[:8], "<u8")[0]
-    z = start + (rows.astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
-    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return z ^ (z >> np.uint64(31))
+    return mix(start + rows.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15))  # mix adds the stream's next step
 
 
 class Buckets:
