@@ -100,7 +100,7 @@ class TrainConfig:
     out: Path
     """Folder of the run: checkpoints, history and the model bundle."""
     model: str = "scvi"
-    """Which model to train."""
+    """Which model to train: "scvi", or "scanvi", which learns from labels too."""
     view: str = "default"
     """Training view of the atlas, made by `prepare`."""
     batch_key: str = "dataset"

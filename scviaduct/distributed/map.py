@@ -24,14 +24,15 @@ from numpy.typing import NDArray
 from scviaduct.distributed.bundle import Bundle, build
 from scviaduct.distributed.cluster import ray_cluster
 from scviaduct.distributed.config import MapConfig
+from scviaduct.distributed.datafacts import tell_data
 from scviaduct.distributed.files import refuse_existing
 from scviaduct.distributed.loop import embed, fit
-from scviaduct.distributed.prior import set_library_prior
 from scviaduct.distributed.tracking import Tracker, fetch_model, flat
 from scviaduct.distributed.transfer import Neighbours, Transferred
 from scviaduct.distributed.workers import device
 from scviaduct.errors import ConfigError, DataError, ScviaductError
 from scviaduct.models.base import Model
+from scviaduct.models.scanvi import SCANVI
 from scviaduct.models.surgery import extend
 from scviaduct.storage.loader import MemorySource, stream
 from scviaduct.storage.query import Query, read_query
@@ -213,12 +214,15 @@ def _map_one(reference: Reference, path: Path, config: MapConfig) -> Mapped:
     torch.manual_seed(config.fit.seed)
     adapted = extend(model, query.schema).to(device())
     source = MemorySource(query.batch)
-    set_library_prior(adapted, source)
+    tell_data(adapted, source)
     history = fit(adapted, source, config.fit).history if adapted.query_parameters() else []
     with stream(source) as blocks:
         latent = np.concatenate([z.cpu().numpy() for _, z in embed(adapted, iter(blocks))])
     labelled = _transfer(reference, model, latent, config)
-    write_result(path, config.out / f"{path.stem}.h5ad", **_columns(model, query, latent, labelled, config))
+    columns = _columns(model, query, latent, labelled, config)
+    if isinstance(adapted, SCANVI):
+        columns["obs"] |= _classified(adapted, query, source)
+    write_result(path, config.out / f"{path.stem}.h5ad", **columns)
     return Mapped(
         query=path.stem,
         status="mapped",
@@ -253,6 +257,19 @@ def _columns(
         uncertainty[query.kept] = labelled.uncertainty
         obs |= {f"{labels.key}_pred": pd.Categorical(names), f"{labels.key}_uncertainty": uncertainty}
     return {"obsm": {model.obsm_key: whole}, "obs": obs}
+
+
+def _classified(model: SCANVI, query: Query, source: MemorySource) -> dict[str, Any]:
+    """The classifier's own label of each cell and its probability, beside the neighbours' label."""
+    assert model.schema.labels
+    with stream(source) as blocks:
+        best = [model.predict(block).max(1) for block in blocks]
+    codes = np.concatenate([b.indices.cpu().numpy() for b in best])
+    names, probability = np.full(query.n_obs, NOT_MAPPED, object), np.zeros(query.n_obs, np.float32)
+    names[query.kept] = np.array(model.schema.labels.categories, object)[codes]
+    probability[query.kept] = np.concatenate([b.values.cpu().numpy() for b in best])
+    key = model.schema.labels.key
+    return {f"{key}_classified": pd.Categorical(names), f"{key}_probability": probability}
 
 
 def _track(result: Mapped, tracker: Tracker, config: MapConfig) -> None:

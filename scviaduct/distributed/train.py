@@ -24,12 +24,12 @@ from scviaduct.distributed.bundle import Bundle
 from scviaduct.distributed.celllog import CellLog
 from scviaduct.distributed.checkpoint import Checkpoints
 from scviaduct.distributed.config import TrainConfig
+from scviaduct.distributed.datafacts import tell_data
 from scviaduct.distributed.files import refuse_existing
 from scviaduct.distributed.follow import Follower
 from scviaduct.distributed.launch import run_on_workers
 from scviaduct.distributed.loop import Hooks, embed, fit, samplers
 from scviaduct.distributed.options import model_config
-from scviaduct.distributed.prior import set_library_prior
 from scviaduct.distributed.tracking import Tracker, flat
 from scviaduct.distributed.workers import Workers, device
 from scviaduct.errors import ConfigError
@@ -101,7 +101,7 @@ def work(job: Job) -> None:
     torch.manual_seed(config.fit.seed)
     kind = model_class(config.model)
     model = kind(job.schema, kind.Config(**job.model_options)).to(device())
-    set_library_prior(model, source)
+    tell_data(model, source)
     attempt = _next_attempt(job.out, workers)
     hooks = Hooks(
         checkpoints=Checkpoints(job.out / "checkpoints", config.checkpoint_seconds),

@@ -10,7 +10,7 @@ from scviaduct.errors import ConfigError, nearest
 if TYPE_CHECKING:
     from scviaduct.models.base import Model
 
-MODELS = {"scvi": "scviaduct.models.scvi:SCVI"}
+MODELS = {"scvi": "scviaduct.models.scvi:SCVI", "scanvi": "scviaduct.models.scanvi:SCANVI"}
 
 
 def model_class(name: str) -> type[Model]:

@@ -30,7 +30,7 @@ class Losses:
     """Sum over cells of the unweighted KL divergences, detached; reconstruction + kl is the negative ELBO."""
     n_cells: int
     extra: dict[str, Tensor] = field(default_factory=dict)
-    """Further sums over cells, detached."""
+    """What the model adds to the loss, by name: sums over cells, weighted as in the loss, detached."""
 
 
 def require(value: object, allowed: tuple[str, ...], name: str) -> None:

@@ -50,15 +50,19 @@ class Columns(nn.Module):
     As upstream, a covariate with one category has no row: there is nothing to tell apart. After surgery such a reference
     category is a row of zeros, which changes nothing, and the new categories have rows.
 
-    Shapes: `weight` (categories, width), `new` (new categories, width) after surgery.
+    Shapes: `weight` (categories, width), `new` (new categories, width) after surgery. Rows of `labels` never grow: a query
+    has the reference's labels.
     """
 
     weight: Tensor | None
     new: nn.Parameter | None
 
-    def __init__(self, covariate: int, n_categories: int, width: int, *, single: bool = False) -> None:
+    def __init__(
+        self, covariate: int, n_categories: int, width: int, *, single: bool = False, labels: bool = False
+    ) -> None:
         super().__init__()
         self.covariate = covariate
+        self.labels = labels
         self.n_categories = n_categories
         self.width = width
         self.weight = nn.Parameter(torch.zeros(n_categories, width)) if n_categories > 1 or single else None
@@ -96,8 +100,8 @@ class Columns(nn.Module):
 class Blocks(nn.ModuleList):
     """The `Columns` of each covariate that a layer sees."""
 
-    def __init__(self, n_categories: Sequence[int], width: int) -> None:
-        super().__init__(Columns(k, n, width) for k, n in enumerate(n_categories))
+    def __init__(self, n_categories: Sequence[int], width: int, *, labels: bool = False) -> None:
+        super().__init__(Columns(k, n, width, labels=labels) for k, n in enumerate(n_categories))
 
     @property
     def tables(self) -> list[Tensor]:
@@ -122,11 +126,11 @@ def _reset(layer: CategoricalLinear | CountsLinear, n_in: int) -> None:
 class CategoricalLinear(nn.Module):
     """`W x + b + sum_k C_k[code_k]`; weight is (width, inputs)."""
 
-    def __init__(self, n_in: int, width: int, n_categories: Sequence[int]) -> None:
+    def __init__(self, n_in: int, width: int, n_categories: Sequence[int], *, labels: bool = False) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(width, n_in))
         self.bias = nn.Parameter(torch.empty(width))
-        self.columns = Blocks(n_categories, width)
+        self.columns = Blocks(n_categories, width, labels=labels)
         _reset(self, n_in)
 
     def forward(self, x: Tensor, codes: Sequence[Tensor]) -> Tensor:
@@ -231,6 +235,8 @@ class Hidden:
     """Categories of each covariate the first layer sees."""
     deep: bool
     """Whether the further layers see them too."""
+    labels: bool = False
+    """Whether the one covariate is the cells' label, which surgery does not extend."""
 
 
 class HiddenLayer(nn.Module):
@@ -260,7 +266,8 @@ class FCLayers(nn.Module):
     def __init__(self, first: nn.Module, hidden: Hidden) -> None:
         super().__init__()
         deep = hidden.n_categories if hidden.deep else ()
-        further = [CategoricalLinear(hidden.n_hidden, hidden.n_hidden, deep) for _ in range(hidden.n_layers - 1)]
+        width = hidden.n_hidden
+        further = [CategoricalLinear(width, width, deep, labels=hidden.labels) for _ in range(hidden.n_layers - 1)]
         self.layers = nn.ModuleList(HiddenLayer(linear, hidden) for linear in (first, *further))
 
     def forward(self, x: Any, codes: Sequence[Tensor], noise: Noise | None) -> Tensor:

@@ -41,7 +41,7 @@ def extend(model: Model, schema: Schema, *, dropout: bool = False) -> Model:
     for module in list(query.modules()):
         _freeze(module)
         if isinstance(module, Columns):
-            module.extend(n_new[module.covariate])
+            module.extend(0 if module.labels else n_new[module.covariate])
         elif isinstance(module, BatchNorm):
             module.frozen = True
         elif isinstance(module, HiddenLayer) and not dropout:

@@ -1,4 +1,4 @@
-"""Weights of scvi-tools' SCVI module (scvi.module.VAE), read into ours."""
+"""Weights of scvi-tools' modules (scvi.module.VAE, SCANVAE), read into ours."""
 
 from __future__ import annotations
 
@@ -10,11 +10,14 @@ from torch import Tensor, nn
 
 from scviaduct.errors import DataError
 from scviaduct.models.nets import CategoricalLinear, Columns, CountsLinear, Encoder, FCLayers, HiddenLayer
+from scviaduct.models.scanvi import SCANVI, LabelNet
 from scviaduct.models.scvi import SCVI
 
 
 def load_upstream(model: SCVI, state: Mapping[str, Tensor]) -> None:
-    """Copy a VAE's state dict into a model of the same configuration; heads that the model does not use are ignored.
+    """Copy a VAE's (a SCANVAE's) state dict into a SCVI (SCANVI) of the same configuration.
+
+    Heads that the model does not use are ignored.
 
     Raises:
         DataError: a tensor is missing or has another shape.
@@ -31,6 +34,13 @@ def load_upstream(model: SCVI, state: Mapping[str, Tensor]) -> None:
             if ours in model.decoder.heads:
                 reader.linear(cast(nn.Linear, model.decoder.heads[ours]), f"decoder.{theirs}")
         reader.dispersion(model)
+        if isinstance(model, SCANVI):
+            reader.label_net(model.encoder_z2_z1, "encoder_z2_z1", "encoder")
+            reader.label_net(model.decoder_z1_z2, "decoder_z1_z2", "decoder")
+            hidden = model.classifier.hidden
+            if hidden is not None:
+                reader.layers(hidden, "classifier.classifier.0")
+            reader.linear(model.classifier.logits, f"classifier.classifier.{int(hidden is not None)}")
 
 
 class _Reader:
@@ -64,9 +74,17 @@ class _Reader:
 
     def encoder(self, encoder: Encoder, name: str) -> None:
         self.layers(encoder.hidden, f"{name}.encoder")
+        self.normal(encoder.mean_and_log_var, name, "encoder")
+
+    def label_net(self, net: LabelNet, name: str, kind: str) -> None:
+        self.layers(net.hidden, f"{name}.{kind}")
+        self.normal(net.mean_and_log_var, name, kind)
+
+    def normal(self, module: nn.Linear, name: str, kind: str) -> None:
+        """The two heads of a normal distribution, one below the other."""
         for part in ("weight", "bias"):
-            both = torch.cat([self.get(f"{name}.{head}.{part}") for head in ("mean_encoder", "var_encoder")])
-            self.put(getattr(encoder.mean_and_log_var, part), both, f"{name}.mean_encoder.{part}")
+            both = torch.cat([self.get(f"{name}.{head}_{kind}.{part}") for head in ("mean", "var")])
+            self.put(getattr(module, part), both, f"{name}.mean_{kind}.{part}")
 
     def layers(self, layers: FCLayers, name: str) -> None:
         for i, layer in enumerate(cast("list[HiddenLayer]", layers.layers)):

@@ -20,7 +20,7 @@ def cls(request):
 
 @pytest.fixture
 def model(cls, make_schema):
-    return cls(make_schema(categorical=(2,), continuous=1), cls.Config())
+    return cls(make_schema(categorical=(2,), continuous=1, labels=3), cls.Config())
 
 
 @pytest.fixture
@@ -55,7 +55,7 @@ def test_parts_add_up(model, batch):
         out = model(batch, kl_weight=weight)
         assert out.n_cells == batch.n_cells
         assert not out.reconstruction.requires_grad and not out.kl.requires_grad
-        expected = (out.reconstruction + weight * out.kl) / out.n_cells
+        expected = (out.reconstruction + weight * out.kl + sum(out.extra.values())) / out.n_cells
         torch.testing.assert_close(out.loss.detach(), expected, rtol=1e-5, atol=1e-4)
 
 
@@ -123,7 +123,8 @@ def test_every_option_is_documented_and_wrong_ones_are_refused(cls):
     import inspect
     import textwrap
 
-    body = ast.parse(textwrap.dedent(inspect.getsource(cls.Config))).body[0].body
+    classes = [c for c in cls.Config.__mro__ if dataclasses.is_dataclass(c)]
+    body = [n for c in classes for n in ast.parse(textwrap.dedent(inspect.getsource(c))).body[0].body]
     for field in dataclasses.fields(cls.Config):
         at = next(i for i, n in enumerate(body) if isinstance(n, ast.AnnAssign) and n.target.id == field.name)
         assert isinstance(body[at + 1], ast.Expr) and body[at + 1].value.value.strip(), field.name

@@ -1,0 +1,194 @@
+"""scANVI: Xu et al., Probabilistic harmonization and annotation of single-cell transcriptomics data, Mol. Syst. Biol. 2021.
+
+    y ~ Cat(1/K)                                           cell type, known for some cells
+    z2 ~ N(0, I)                                           what the type does not explain
+    z1 | z2, y ~ N(decoder_z1_z2(z2, y))                   latent cell state
+    x | z1, s                                              as in SCVI
+
+Training maximises the ELBO of unlabelled cells, with the type summed out under the classifier q(y | z1),
+
+    E_q [log p(x | z1, s) - log q(z1 | x) + sum_y q(y | z1) (log p(z1 | z2, y) - kl_weight KL(q(z2 | z1, y) || p(z2)))]
+        - kl_weight KL(q(y | z1) || p(y)),
+
+for all cells, minus classification_ratio times the cross-entropy of the labelled ones. Defaults are scvi-tools'.
+
+The cross-entropy is a sum over the batch's labelled cells divided by (cells · share of labelled cells in the training
+data), not by the number of labelled cells that the batch happens to hold: its expectation is the same, and a batch that
+is spread over workers gives the gradient of the whole batch whatever the workers hold.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from scviaduct.errors import ConfigError
+from scviaduct.models.base import Losses, require_range
+from scviaduct.models.counts import Cells
+from scviaduct.models.likelihoods import reconstruction
+from scviaduct.models.nets import CategoricalLinear, FCLayers, Gaussian, Hidden
+from scviaduct.models.noise import Noise
+from scviaduct.models.scvi import SCVI, SCVIConfig
+from scviaduct.schema import Batch, Schema
+
+_ENCODER_EPS = 1e-4
+
+
+@dataclass(frozen=True, kw_only=True)
+class SCANVIConfig(SCVIConfig):
+    """Options of SCANVI: those of SCVI, and the classifier's."""
+
+    linear_classifier: bool = False
+    """Whether the classifier is one linear map of the latent state instead of a network."""
+    classification_ratio: float = 50.0
+    """Weight of the cross-entropy of a labelled cell against its negative ELBO."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_range(self.classification_ratio, 0.0, 1e6, "classification_ratio")
+
+
+class LabelNet(nn.Module):
+    """A normal over the latent space given a point of it and a label, for all labels at once."""
+
+    def __init__(self, n_latent: int, hidden: Hidden, eps: float) -> None:
+        super().__init__()
+        first = CategoricalLinear(n_latent, hidden.n_hidden, hidden.n_categories, labels=True)
+        self.hidden = FCLayers(first, hidden)
+        self.mean_and_log_var = nn.Linear(hidden.n_hidden, 2 * n_latent)
+        self.eps = eps
+
+    def forward(self, z: Tensor, noise: Noise | None) -> Gaussian:
+        """(cells, labels, latent) to a mean and a standard deviation of that shape."""
+        n, k, _ = z.shape
+        y = torch.arange(k, device=z.device).repeat(n)
+        rows = self.hidden(z.flatten(0, 1), [y], cast("Noise | None", noise and _PerLabel(noise, k)))
+        mean, log_var = self.mean_and_log_var(rows).unflatten(0, (n, k)).chunk(2, dim=2)
+        return Gaussian(mean, torch.sqrt(torch.exp(log_var) + self.eps))
+
+
+class _PerLabel:
+    """Dropout for rows that are (cell, label) pairs, with noise that belongs to the cells."""
+
+    def __init__(self, noise: Noise, n_labels: int) -> None:
+        self._noise, self._n_labels = noise, n_labels
+
+    def dropout(self, h: Tensor, p: float) -> Tensor:
+        wide = h.reshape(len(h) // self._n_labels, -1)
+        return self._noise.dropout(wide, p).reshape(h.shape)
+
+
+class Classifier(nn.Module):
+    """q(y | z1): hidden layers, unless it is linear, and one logit per label."""
+
+    def __init__(self, n_latent: int, n_labels: int, hidden: Hidden | None) -> None:
+        super().__init__()
+        self.hidden = FCLayers(CategoricalLinear(n_latent, hidden.n_hidden, ()), hidden) if hidden else None
+        self.logits = nn.Linear(hidden.n_hidden if hidden else n_latent, n_labels)
+
+    def forward(self, z: Tensor, noise: Noise | None) -> Tensor:
+        """(cells, latent) to (cells, labels)."""
+        no_codes: Sequence[Tensor] = ()
+        return self.logits(z if self.hidden is None else self.hidden(z, no_codes, noise))
+
+
+class SCANVI(SCVI):
+    """The model; see the module's docstring."""
+
+    Config = SCANVIConfig
+    obsm_key = "X_scANVI"
+    config: SCANVIConfig
+    labelled_share: Tensor
+
+    def __init__(self, schema: Schema, config: SCANVIConfig | None = None) -> None:
+        super().__init__(schema, config or SCANVIConfig())
+        if schema.labels is None:
+            raise ConfigError("SCANVI learns from labels; name the obs column that has them with labels_key")
+        c, n_labels = self.config, len(schema.labels)
+        self.classifier = Classifier(
+            c.n_latent, n_labels, None if c.linear_classifier else self._net("encoder", (), c.dropout_rate)
+        )
+        self.encoder_z2_z1 = LabelNet(c.n_latent, self._net("encoder", (n_labels,), c.dropout_rate), _ENCODER_EPS)
+        self.decoder_z1_z2 = LabelNet(c.n_latent, self._net("decoder", (n_labels,), 0.0), 0.0)
+        self.register_buffer("labelled_share", torch.ones(()))
+
+    def _net(self, where: str, n_categories: tuple[int, ...], dropout_rate: float) -> Hidden:
+        """Hidden layers with the norms of the encoder or of the decoder; labels are seen by every layer, as upstream."""
+        c = self.config
+        return Hidden(
+            n_hidden=c.n_hidden,
+            n_layers=c.n_layers,
+            dropout_rate=dropout_rate,
+            batch_norm=c.use_batch_norm in (where, "both"),
+            layer_norm=c.use_layer_norm in (where, "both"),
+            n_categories=n_categories,
+            deep=True,
+            labels=True,
+        )
+
+    def set_labelled_share(self, share: float) -> None:
+        """Tell which share of the training cells has a label; 1 until then.
+
+        Raises:
+            ConfigError: the share is not in (0, 1].
+        """
+        if not 0.0 < share <= 1.0:
+            raise ConfigError(f"{share:.0%} of the training cells have a label; SCANVI needs some, else use scvi")
+        self.labelled_share.fill_(share)
+
+    def forward(self, batch: Batch, kl_weight: float = 1.0, noise: Noise | None = None) -> Losses:
+        """The negative ELBO of a batch, plus the weighted cross-entropy of its labelled cells."""
+        cells = Cells.of(batch, self.schema, self.device)
+        noise = noise or Noise(batch.seeds, self.device)
+        qz, ql = self.inference(cells, noise)
+        z = qz.sample(noise)
+        library = self._observed_library(cells) if ql is None else ql.sample(noise).squeeze(1)
+        rec = reconstruction(self.config.gene_likelihood, cells.counts, self.generative(z, library, cells))
+        z1 = torch.softmax(z, 1) if self.config.latent_distribution == "ln" else z
+        entropy, kl = self._summed_over_labels(qz, z1, noise)
+        if ql is not None:
+            kl = kl + self._library_kl(ql, cells)
+        ce = self._cross_entropy(qz, cells, noise)
+        return Losses(
+            rec.mean + (entropy + kl_weight * kl).mean() + ce / batch.n_cells,
+            rec.total + entropy.detach().sum(),
+            kl.detach().sum(),
+            batch.n_cells,
+            {"classification": ce.detach()},
+        )
+
+    def _summed_over_labels(self, qz: Gaussian, z1: Tensor, noise: Noise) -> tuple[Tensor, Tensor]:
+        """(cells,) log q(z1 | x) - E_y log p(z1 | z2, y), and (cells,) E_y KL(q(z2 | z1, y)) + KL(q(y | z1) || p(y))."""
+        n, k = len(z1), self.classifier.logits.out_features
+        qz2 = self.encoder_z2_z1(z1.unsqueeze(1).expand(n, k, -1), noise)
+        z2 = torch.addcmul(qz2.mean, qz2.std, noise.normal(k * z1.shape[1]).reshape(qz2.mean.shape))
+        pz1 = self.decoder_z1_z2(z2, None)
+        log_probs = torch.log_softmax(self.classifier(z1, noise), 1)
+        probs = torch.exp(log_probs)
+        expected = (probs * _log_normal(z1.unsqueeze(1), pz1)).sum(1)
+        kl_z2 = 0.5 * (qz2.std**2 + qz2.mean**2 - 1.0 - 2.0 * torch.log(qz2.std)).sum(2)
+        kl = (probs * kl_z2).sum(1) + (probs * (log_probs + math.log(k))).sum(1)
+        return _log_normal(z1, qz) - expected, kl
+
+    def _cross_entropy(self, qz: Gaussian, cells: Cells, noise: Noise) -> Tensor:
+        """Weighted sum over the labelled cells, at the mean of q(z1 | x)."""
+        c = self.config
+        loss = F.cross_entropy(self.classifier(qz.mean, noise), cells.labels, ignore_index=-1, reduction="sum")
+        return loss * (c.classification_ratio / self.labelled_share)
+
+    def predict(self, batch: Batch) -> Tensor:
+        """(cells, labels) probability of each label, at the mean of q(z1 | x)."""
+        qz = self.encode(batch)
+        with self.evaluating():
+            return torch.softmax(self.classifier(qz.mean, None), 1)
+
+
+def _log_normal(x: Tensor, p: Gaussian) -> Tensor:
+    """Log density summed over the latent dimensions, the last."""
+    return -(0.5 * ((x - p.mean) / p.std) ** 2 + torch.log(p.std) + 0.5 * math.log(2.0 * math.pi)).sum(-1)

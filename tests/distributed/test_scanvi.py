@@ -1,0 +1,40 @@
+"""SCANVI through the jobs: trained on partly labelled cells, its classifier beside the neighbours in the results."""
+
+import anndata as ad
+import numpy as np
+import pytest
+
+from scviaduct.distributed.bundle import Bundle
+from scviaduct.distributed.map import map
+from scviaduct.distributed.train import train
+from scviaduct.errors import ConfigError
+
+
+@pytest.fixture(scope="module")
+def scanvi_run(atlas, config, tmp_path_factory):
+    """One of three types counts as unlabelled, so the classifier knows two."""
+    out = tmp_path_factory.mktemp("scanvi") / "reference"
+    train(atlas, config(out, model="scanvi", unlabeled_category="type 02"))
+    return out
+
+
+def test_a_partly_labelled_reference_classifies_queries(scanvi_run, query_file, map_config, tmp_path):
+    bundle = Bundle.open(scanvi_run)
+    share = float((bundle.labels() >= 0).mean())
+    assert 0.2 < share < 0.95
+    assert float(bundle.weights()["labelled_share"]) == pytest.approx(share, abs=1e-6)
+    map(scanvi_run, [query_file], map_config(tmp_path / "mapped"))
+    result = ad.read_h5ad(tmp_path / "mapped" / "query.h5ad")
+    known = (result.obs["cell_type"] != "type 02") & (result.obs["cell_type_classified"] != "not mapped")
+    right = result.obs["cell_type_classified"].astype(str) == result.obs["cell_type"].astype(str)
+    assert right[known].mean() > 0.8
+    assert set(result.obs["cell_type_classified"]) == {"type 00", "type 01", "not mapped"}
+    assert result.obs["cell_type_probability"].iloc[7] == 0
+    assert result.obs["cell_type_probability"].drop(result.obs_names[7]).between(0.5, 1).all()
+    assert np.isnan(result.obsm["X_scANVI"][7]).all()
+
+
+def test_no_label_at_all_is_refused(atlas, config, tmp_path):
+    with pytest.raises(ConfigError, match="labels_key"):
+        train(atlas, config(tmp_path / "run", model="scanvi", labels_key=None))
+    assert not (tmp_path / "run").exists()
