@@ -101,6 +101,8 @@ class TrainConfig:
     """Folder of the run: checkpoints, history and the model bundle."""
     model: str = "scvi"
     """Which model to train: "scvi", or "scanvi", which learns from labels too."""
+    init_from: Path | None = None
+    """Run or bundle whose weights and options this model starts with, e.g. of scvi for scanvi."""
     view: str = "default"
     """Training view of the atlas, made by `prepare`."""
     batch_key: str = "dataset"
@@ -149,14 +151,15 @@ class TrainConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready record; `from_dict` is its inverse."""
-        return asdict(self) | {"out": str(self.out)}
+        return asdict(self) | {"out": str(self.out), "init_from": self.init_from and str(self.init_from)}
 
     @classmethod
     def from_dict(cls, record: dict[str, Any]) -> Self:
         """Rebuild from `to_dict`."""
         tuples = {f.name: tuple(record[f.name]) for f in fields(cls) if isinstance(record[f.name], (list, tuple))}
         nested = {"fit": FitConfig(**record["fit"]), "tracking": TrackingConfig(**record["tracking"])}
-        return cls(**record | tuples | nested | {"out": Path(record["out"])})
+        start = record["init_from"] and Path(record["init_from"])
+        return cls(**record | tuples | nested | {"out": Path(record["out"]), "init_from": start})
 
 
 @Parameter(name="*")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any, get_args, get_type_hints
 
@@ -11,13 +11,15 @@ from scviaduct.models.base import Model
 from scviaduct.models.scvi import PRESETS
 
 
-def model_config(kind: type[Model], preset: str, assignments: Sequence[str]) -> Any:
-    """The model's Config: the preset's options, then each "name=value".
+def model_config(
+    kind: type[Model], preset: str, assignments: Sequence[str], start: Mapping[str, Any] | None = None
+) -> Any:
+    """The model's Config: options of the model it starts from, then the preset's, then each "name=value".
 
     Raises:
         ConfigError: no such option, or a value of another type.
     """
-    options = dict(PRESETS[preset])
+    options = {**(start or {}), **PRESETS[preset]}
     types = get_type_hints(kind.Config)
     known = {f.name for f in fields(kind.Config)}
     for text in assignments:

@@ -30,6 +30,7 @@ from scviaduct.distributed.follow import Follower
 from scviaduct.distributed.launch import run_on_workers
 from scviaduct.distributed.loop import Hooks, embed, fit, samplers
 from scviaduct.distributed.options import model_config
+from scviaduct.distributed.start import options_of, start_from
 from scviaduct.distributed.tracking import Tracker, flat
 from scviaduct.distributed.workers import Workers, device
 from scviaduct.errors import ConfigError
@@ -69,7 +70,7 @@ def train(atlas: str | Path, config: TrainConfig, *, on_epoch: OnEpoch | None = 
         MissingColumnError, DataError: a covariate is not in the view, or has missing values.
         IncompleteError: the atlas or its view is not whole.
     """
-    atlas, config = Path(atlas).absolute(), dataclasses.replace(config, out=Path(config.out).absolute())
+    atlas, config = Path(atlas).absolute(), _absolute(config)
     if not config.resume:
         refuse_existing(config.out)
     else:
@@ -79,9 +80,13 @@ def train(atlas: str | Path, config: TrainConfig, *, on_epoch: OnEpoch | None = 
     view = View.open(atlas, config.view)
     schema = _schema(view, config)
     kind = model_class(config.model)
-    options = model_config(kind, config.preset, config.set)
+    start = Bundle.open(config.init_from) if config.init_from else None
+    options = model_config(kind, config.preset, config.set, options_of(start, kind) if start else None)
     # options that do not fit the data or each other fail here, before anything is written
-    samplers(kind(schema, options), view.source(schema), config.fit, Workers(0, config.workers))
+    model = kind(schema, options)
+    samplers(model, view.source(schema), config.fit, Workers(0, config.workers))
+    if start:
+        start_from(model, start)
     job = Job(str(atlas), config, schema, asdict(options))
     tracker = _open_run(job, view)
     with (
@@ -93,6 +98,12 @@ def train(atlas: str | Path, config: TrainConfig, *, on_epoch: OnEpoch | None = 
     return bundle
 
 
+def _absolute(config: TrainConfig) -> TrainConfig:
+    """Paths that mean the same in the workers, whose working directory is another."""
+    start = config.init_from and Path(config.init_from).absolute()
+    return dataclasses.replace(config, out=Path(config.out).absolute(), init_from=start)
+
+
 def work(job: Job) -> None:
     """One worker's part of the run: train, then embed its share of the reference."""
     config, workers = job.config, Workers.current()
@@ -101,6 +112,8 @@ def work(job: Job) -> None:
     torch.manual_seed(config.fit.seed)
     kind = model_class(config.model)
     model = kind(job.schema, kind.Config(**job.model_options)).to(device())
+    if config.init_from:
+        start_from(model, Bundle.open(config.init_from))
     tell_data(model, source)
     attempt = _next_attempt(job.out, workers)
     hooks = Hooks(

@@ -38,3 +38,23 @@ def test_no_label_at_all_is_refused(atlas, config, tmp_path):
     with pytest.raises(ConfigError, match="labels_key"):
         train(atlas, config(tmp_path / "run", model="scanvi", labels_key=None))
     assert not (tmp_path / "run").exists()
+
+
+def test_it_starts_from_a_trained_scvi(run, atlas, config, tmp_path):
+    scvi = Bundle.open(run)
+    still = train(atlas, config(tmp_path / "still", model="scanvi", init_from=run, preset="default", set=(), lr=1e-12))
+    weights = still.weights()
+    for name, tensor in scvi.weights().items():
+        np.testing.assert_allclose(weights[name], tensor, atol=1e-6, err_msg=name)
+    assert still.facts["config"]["n_latent"] == 5
+
+
+def test_a_start_that_does_not_fit_is_refused(run, atlas, config, tmp_path):
+    out = tmp_path / "run"
+    with pytest.raises(ConfigError, match="have no place in this SCANVI"):
+        train(atlas, config(out, model="scanvi", init_from=run, set=("n_latent=7",)))
+    with pytest.raises(ConfigError, match="other batch"):
+        train(atlas, config(out, model="scanvi", init_from=run, batch_key="sample"))
+    with pytest.raises(ConfigError, match="no place in this SCVI, e.g"):
+        train(atlas, config(out, init_from=run, set=("gene_likelihood=nb",)))
+    assert not out.exists()
