@@ -121,19 +121,21 @@ def _totals(indptr: NDArray[np.int64], values: NDArray[np.float32]) -> NDArray[n
 
 
 class _SparseProduct(torch.autograd.Function):
-    """log1p(counts) @ weight; the gradient of the weight runs over the transposed counts, gene by gene."""
+    """values @ weight; the gradient of the weight runs over the transposed values, gene by gene."""
 
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, counts: Counts) -> Tensor:
-        ctx.counts = counts
+    def forward(ctx: Any, weight: Tensor, counts: Counts, values: NDArray[np.float32]) -> Tensor:
+        ctx.counts, ctx.values = counts, values
         x = counts.nonzeros
-        return _product(x.indptr, x.genes, counts.log1p_values, weight, use_threads(counts.n_cells))
+        return _product(x.indptr, x.genes, values, weight, use_threads(counts.n_cells))
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        indptr, cells, values = ctx.counts.by_gene
-        return _product(indptr, cells, values, grad.contiguous(), use_threads(ctx.counts.n_cells)), None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        counts = ctx.counts
+        x = counts.nonzeros
+        indptr, cells, values = _transposed(x.indptr, x.genes, ctx.values, counts.n_genes)
+        return _product(indptr, cells, values, grad.contiguous(), use_threads(counts.n_cells)), None, None
 
 
 @dataclass(frozen=True, eq=False)
@@ -151,29 +153,37 @@ class Counts:
         return torch.log1p(torch.from_numpy(self.nonzeros.counts)).numpy()
 
     @cached_property
-    def by_gene(self) -> tuple[NDArray[np.int64], NDArray[np.int32], NDArray[np.float32]]:
-        """The log1p counts as CSC."""
-        return _transposed(self.nonzeros.indptr, self.nonzeros.genes, self.log1p_values, self.n_genes)
-
-    @cached_property
     def total(self) -> Tensor:
         """(cells,) counts per cell."""
         return torch.from_numpy(_totals(self.nonzeros.indptr, self.nonzeros.counts)).to(self.device)
 
     @cached_property
     def dense(self) -> Tensor:
-        """(cells, genes) raw counts, scattered on the device."""
-        indptr, genes, values = (torch.from_numpy(a).to(self.device) for a in self.nonzeros)
+        """(cells, genes) raw counts."""
+        return self.scattered(self.nonzeros.counts)
+
+    @cached_property
+    def log1p_share_values(self) -> NDArray[np.float32]:
+        """(nnz,) log(1 + count / (1 + the cell's mean count over all genes)): totalVI's encoder input."""
+        scale = 1.0 / (1.0 + self.total.cpu() / self.n_genes)
+        per_value = torch.repeat_interleave(scale, torch.from_numpy(np.diff(self.nonzeros.indptr)))
+        return torch.log1p(torch.from_numpy(self.nonzeros.counts) * per_value).numpy()
+
+    def product(self, values: NDArray[np.float32], weight: Tensor) -> Tensor:
+        """values @ weight for a (genes, width) weight, with one of `values` for each non-zero count."""
+        if self.device.type == "cpu" and weight.dtype == torch.float32:
+            return _SparseProduct.apply(weight, self, values)
+        return self.scattered(values).to(weight.dtype) @ weight
+
+    def scattered(self, values: NDArray[np.float32]) -> Tensor:
+        """(cells, genes) with `values` at the non-zeros, made on the device."""
+        indptr, genes, there = (
+            torch.from_numpy(a).to(self.device) for a in (self.nonzeros.indptr, self.nonzeros.genes, values)
+        )
         cells = torch.repeat_interleave(torch.arange(self.n_cells, device=self.device), indptr.diff())
         out = torch.zeros(self.n_cells, self.n_genes, device=self.device)
-        out[cells, genes.long()] = values
+        out[cells, genes.long()] = there
         return out
-
-    def log1p_product(self, weight: Tensor) -> Tensor:
-        """log1p(counts) @ weight for a (genes, width) weight."""
-        if self.device.type == "cpu" and weight.dtype == torch.float32:
-            return _SparseProduct.apply(weight, self)
-        return torch.log1p(self.dense).to(weight.dtype) @ weight
 
 
 @dataclass(frozen=True, eq=False)

@@ -155,7 +155,7 @@ class CountsLinear(nn.Module):
 
     def forward(self, cells: Cells, codes: Sequence[Tensor]) -> Tensor:
         """Cells and their codes to (cells, width)."""
-        h = cells.counts.log1p_product(self.weight) + self.bias
+        h = cells.counts.product(cells.counts.log1p_values, self.weight) + self.bias
         if self.continuous is not None:
             h = torch.addmm(h, cells.continuous, self.continuous)
         return self.columns(h, codes)

@@ -55,6 +55,6 @@ def test_a_start_that_does_not_fit_is_refused(run, atlas, config, tmp_path):
         train(atlas, config(out, model="scanvi", init_from=run, set=("n_latent=7",)))
     with pytest.raises(ConfigError, match="other batch"):
         train(atlas, config(out, model="scanvi", init_from=run, batch_key="sample"))
-    with pytest.raises(ConfigError, match="no place in this SCVI, e.g"):
+    with pytest.raises(ConfigError, match=r"no place in this SCVI, e\.g"):
         train(atlas, config(out, init_from=run, set=("gene_likelihood=nb",)))
     assert not out.exists()

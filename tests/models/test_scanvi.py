@@ -107,7 +107,7 @@ def test_gradients_and_twenty_steps_of_adam(pair):
     for (name, a), b in zip(pair.ours.state_dict().items(), twin.state_dict().values(), strict=True):
         if "encoder.hidden" in name and "running" in name:
             continue  # theirs sends the labelled cells through the encoder once more, so its average moves twice a step
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=3e-5, msg=lambda m, name=name: f"{name}: {m}")
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4, msg=lambda m, name=name: f"{name}: {m}")
 
 
 def test_prediction(pair):
