@@ -42,6 +42,10 @@ class OutputExistsError(ScviaductError, FileExistsError):
     """The output path is taken; nothing was written."""
 
 
+class NotEnoughMemoryError(ScviaductError, MemoryError):
+    """What was asked for does not fit into memory; nothing was read."""
+
+
 class ConfigError(ScviaductError, ValueError):
     """An option is unknown or its value makes no sense."""
 

@@ -46,6 +46,10 @@ class Schema:
     """Numeric obs columns, used as they are (not standardised)."""
     size_factor: str | None = None
     """Numeric obs column that replaces the library size."""
+    proteins: tuple[str, ...] = ()
+    """Proteins counted beside the genes (CITE-seq), all panels together."""
+    measured: tuple[tuple[bool, ...], ...] = ()
+    """For each batch, which of the proteins its panel measures; empty when there are no proteins."""
 
     @property
     def covariates(self) -> tuple[Covariate, ...]:
@@ -77,6 +81,8 @@ class Schema:
             categorical=tuple(map(covariate, record["categorical"])),
             continuous=tuple(record["continuous"]),
             size_factor=record["size_factor"],
+            proteins=tuple(record["proteins"]),
+            measured=tuple(map(tuple, record["measured"])),
         )
 
     @property
@@ -103,10 +109,10 @@ class Batch:
     n_genes: int
     indptr: NDArray[np.int64]
     """(cells + 1,) start of each cell's non-zeros."""
-    indices: NDArray[np.int32]
-    """(nnz,) gene index, increasing within a cell."""
-    data: NDArray[np.float32]
-    """(nnz,) counts, all > 0."""
+    indices: NDArray[np.integer[Any]]
+    """(nnz,) gene index, increasing within a cell; int32, or the type on disk in blocks and in batches for a GPU."""
+    data: NDArray[Any]
+    """(nnz,) counts, all > 0; float32, or the type on disk."""
     batch_index: NDArray[np.int64]
     """(cells,) code in schema.batch."""
     labels: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
@@ -117,6 +123,8 @@ class Batch:
     """(cells, len(schema.continuous))."""
     size_factor: NDArray[np.float32] = field(default_factory=lambda: np.zeros(0, np.float32))
     """(cells,) or size 0."""
+    proteins: NDArray[np.float32] = field(default_factory=_no_values)
+    """(cells, len(schema.proteins)) protein counts, 0 where a cell's batch does not measure the protein."""
     rows: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
     """(cells,) row of each cell in its source; says which cells a step saw."""
     seeds: NDArray[np.uint64] = field(default_factory=lambda: np.zeros(0, np.uint64))

@@ -42,6 +42,8 @@ class FitConfig:
     """Largest norm of the gradient."""
     validation_size: float = 0.1
     """Share of the cells held out from training, chosen by a hash of row and seed."""
+    validation_stratify_by: str | None = None
+    """obs column; the same share of each of its values is held out, to the cell. Default: of all cells as they come."""
     early_stopping: bool = False
     """Stop when the monitored elbo has not improved for a while, and keep the best epoch's weights."""
     early_stopping_patience: int = 45
@@ -64,6 +66,8 @@ class FitConfig:
         _positive(self, "early_stopping_patience")
         if not 0 <= self.validation_size < 1:
             raise ConfigError(f"validation_size must lie in [0, 1), not {self.validation_size}.")
+        if self.validation_stratify_by and not self.validation_size:
+            raise ConfigError("validation_stratify_by needs a validation_size above 0.")
 
     def epochs_for(self, n_cells: int) -> int:
         """max_epochs, or scvi-tools' rule for this many cells."""
@@ -175,6 +179,8 @@ class SurgeryConfig(FitConfig):
     """Epochs over which the weight of the KL term rises from 0 to 1; 0 starts at 1."""
     validation_size: float = 0.0
     """Share of the cells held out from training, chosen by a hash of row and seed."""
+    validation_stratify_by: Annotated[str | None, Parameter(parse=False)] = None
+    """Only for views: a query has codes, no columns."""
     early_stopping: bool = True
     """Stop when the monitored elbo has not improved for a while, and keep the best epoch's weights."""
     early_stopping_patience: int = 10
@@ -201,6 +207,8 @@ class MapConfig:
     """A query's batch that is named as one of the reference's is the same batch. Default: a new one."""
     counts: str | None = None
     """Matrix with the counts: "X", "raw" or a layer. Default: found by looking."""
+    sum_duplicates: bool = False
+    """Add up the counts of genes that are named twice. Default: refuse such a query."""
     min_genes: float = 0.2
     """Smallest share of the reference's genes a query must have."""
     n_neighbors: int = 50

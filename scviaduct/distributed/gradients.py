@@ -10,7 +10,7 @@ holds the same cells on whatever rank it lies, so the sum has the same bits for 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import fields, replace
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from scviaduct.distributed.workers import Workers
 from scviaduct.models.base import Losses, Model
 from scviaduct.schema import Batch
-from scviaduct.storage.loader import BlockSource, Loader
+from scviaduct.storage.loader import BlockSource, cut
 from scviaduct.storage.sampler import Sampler
 
 
@@ -43,8 +43,7 @@ def evaluate(model: Model, source: BlockSource, held_out: Sampler, workers: Work
     """
     model.eval()
     sums = torch.zeros(4, dtype=torch.float64)
-    loader = Loader(source, held_out, rank=workers.rank, world_size=workers.world_size)
-    with torch.inference_mode(), loader.epoch(0) as batches:
+    with torch.inference_mode(), workers.loader(source, held_out, model.device).epoch(0) as batches:
         for batch in batches:
             for part in lanes(batch) if deterministic else [batch]:
                 if part.n_cells:
@@ -54,17 +53,8 @@ def evaluate(model: Model, source: BlockSource, held_out: Sampler, workers: Work
 
 def lanes(batch: Batch) -> Iterator[Batch]:
     """The lanes of a batch as batches of their own."""
-    per_cell = [f.name for f in fields(batch) if f.name not in {"n_genes", "indptr", "indices", "data", "lanes"}]
-    for start, stop in zip(batch.lanes[:-1], batch.lanes[1:], strict=True):
-        begin, end = batch.indptr[start], batch.indptr[stop]
-        yield replace(
-            batch,
-            indptr=batch.indptr[start : stop + 1] - begin,
-            indices=batch.indices[begin:end],
-            data=batch.data[begin:end],
-            lanes=batch.lanes[:0],
-            **{name: getattr(batch, name)[start:stop] for name in per_cell if getattr(batch, name).size},
-        )
+    for start, stop in pairwise(batch.lanes.tolist()):
+        yield cut(batch, start, stop, batch.lanes[:0])
 
 
 def _sums(losses: Losses) -> Tensor:

@@ -10,9 +10,12 @@ from typing import Any
 from scviaduct.distributed.bundle import Bundle
 from scviaduct.errors import UnreadableFileError
 from scviaduct.storage.atlas import Atlas
+from scviaduct.storage.formats import ZARR_MARKERS
 from scviaduct.storage.genes import id_type
 from scviaduct.storage.h5ad import open_counts
-from scviaduct.storage.manifest import ATLAS_MARKER, VIEW_MARKER
+from scviaduct.storage.manifest import ATLAS_MARKER, VIEW_MARKER, read_json
+from scviaduct.storage.plan import manifests
+from scviaduct.storage.request import REQUEST
 from scviaduct.storage.view import View
 
 
@@ -21,7 +24,7 @@ class Inspection:
     """What was found: a kind, and facts in the order they are told."""
 
     kind: str
-    """"h5ad", "atlas", "run" or "bundle"."""
+    """"h5ad", "AnnData Zarr", "10x Genomics h5", "atlas", "run" or "bundle"."""
     path: Path
     facts: dict[str, Any]
 
@@ -34,8 +37,10 @@ class Inspection:
             yield f"  {name:<{width}}  {shown}"
 
 
-def inspect(path: str | Path) -> Inspection:
-    """Look at an h5ad file (every count is checked), an atlas, a run or a bundle.
+def inspect(path: str | Path, *, counts: str | None = None, sum_duplicates: bool = False) -> Inspection:
+    """Look at a file of counts (every count is checked), an atlas, a run or a bundle.
+
+    `counts` and `sum_duplicates` are those of `convert`, for a file only; so is the answer.
 
     Raises:
         UnreadableFileError, NotCountsError, DataError: the file cannot be used, and why.
@@ -43,11 +48,13 @@ def inspect(path: str | Path) -> Inspection:
     """
     path = Path(path)
     if not path.exists():
-        raise UnreadableFileError(f"{path} does not exist; name an h5ad file, an atlas, a run or a bundle.")
+        raise UnreadableFileError(f"{path} does not exist; name an h5ad or another file of counts, an atlas, a run or a bundle.")
     if path.is_file():
-        return _h5ad(path)
-    if (path / ATLAS_MARKER).exists() or path.suffix == ".zarr":
+        return _counts(path, counts, sum_duplicates=sum_duplicates)
+    if (path / ATLAS_MARKER).exists() or (path / "datasets").exists():
         return _atlas(path)
+    if any((path / name).exists() for name in ZARR_MARKERS):
+        return _counts(path, counts, sum_duplicates=sum_duplicates)
     if not any((path / name).exists() for name in ("run.json", "model.json", "bundle")):
         raise UnreadableFileError(
             f"{path} is a folder, but no atlas, run or bundle: it has no atlas.json or model.json."
@@ -55,29 +62,36 @@ def inspect(path: str | Path) -> Inspection:
     return _bundle(path)
 
 
-def _h5ad(path: Path) -> Inspection:
-    with open_counts(path) as file:
-        audit = file.audit()
+def _counts(path: Path, counts: str | None, *, sum_duplicates: bool) -> Inspection:
+    with open_counts(path, counts=counts, sum_duplicates=sum_duplicates) as file:
+        audit, others = file.audit(), file.alternatives()
         facts = {
             "cells": audit.n_obs,
             "genes": f"{audit.n_vars:,} ({id_type(list(file.var.index))})",
-            "counts in": f"{audit.matrix} ({audit.dtype})",
+            "counts in": f"{audit.matrix} ({audit.dtype}): {file.why}",
+            "other counts": ", ".join(f"--counts {name}" for name in others),
+            "features that are no genes (left out)": ", ".join(f"{n:,} {t}" for t, n in file.other_features.items()),
             "counts": f"{audit.total:,} in {audit.nnz:,} non-zeros, the largest {audit.largest:,}",
             "cells without counts": audit.zero_count_cells,
             "obs": ", ".join(f"{name} ({_column(file.obs[name])})" for name in file.obs.columns) or "no columns",
+            "obsm": ", ".join(file.obsm_names()) or "nothing",
+            "layers": ", ".join(file.layer_names()) or "none",
         }
         unusual = {
+            "features added to a gene of the same name": file.summed_features,
             "explicit zeros (dropped)": audit.explicit_zeros,
             "repeated entries (summed)": audit.duplicate_entries,
-            "repeated cell names": audit.duplicate_obs_names,
+            "repeated cell names": int(file.obs.index.duplicated().sum()),
+            "chunks that are not stored (read as zeros)": file.unwritten_chunks,
         }
+        wanted = {name: fact for name, fact in facts.items() if fact != ""}
     verdict = {"verdict": "raw counts; ready to convert or map"}
-    return Inspection("h5ad", path, facts | {name: n for name, n in unusual.items() if n} | verdict)
+    return Inspection(file.kind, path, wanted | {name: n for name, n in unusual.items() if n} | verdict)
 
 
 def _column(values: Any) -> str:
-    missing = int(values.isna().sum())
-    return f"{values.nunique():,} values" + (f", {missing:,} missing" if missing else "")
+    distinct, missing = values.nunique(), int(values.isna().sum())
+    return f"{distinct:,} value{'' if distinct == 1 else 's'}" + (f", {missing:,} missing" if missing else "")
 
 
 def _atlas(path: Path) -> Inspection:
@@ -87,12 +101,34 @@ def _atlas(path: Path) -> Inspection:
         facts[f"  {d.id}"] = f"{d.n_obs:,} cells x {d.n_vars:,} genes, {d.nnz:,} non-zeros, from {d.source}"
     facts["genes in all data sets"] = len(atlas.genes("intersection"))
     facts["categorical obs"] = ", ".join(f"{k} ({len(v)})" for k, v in atlas.vocabulary.items())
+    if atlas.identifiers:
+        facts["obs that names cells"] = ", ".join(atlas.identifiers)
+    made_of = manifests(atlas)
     for marker in sorted(path.glob(f"views/[!.]*/{VIEW_MARKER}")):
         view = View.open(path, marker.parent.name)
         facts[f"view {view.name}"] = (
-            f"{view.n_rows:,} cells x {len(view.genes):,} genes, {view.excluded:,} cells left out"
+            f"{view.n_rows:,} cells x {len(view.genes):,} genes, {view.excluded:,} cells left out{_age(view, made_of)}"
         )
-    return Inspection("atlas", path, facts)
+    return Inspection("atlas", path, facts | _unfinished(path))
+
+
+def _age(view: View, made_of: dict[str, str]) -> str:
+    """What happened to the data sets since a view was made of them."""
+    of = view.manifest["datasets"]
+    if any(made_of.get(id_) != digest for id_, digest in of.items()):
+        return "; stale: data sets were changed or removed since"
+    new = len(made_of) - len(of)
+    return f"; {new:,} data set{'s' if new > 1 else ''} appended since: prepare again takes them in" if new else ""
+
+
+def _unfinished(path: Path) -> dict[str, str]:
+    """Work that was begun and not ended."""
+    facts = {}
+    if (path / REQUEST).is_file():
+        facts["unfinished"] = f"a conversion of {len(read_json(path / REQUEST)['files']):,} files; the same one goes on"
+    for folder in sorted(path.glob("views/.*.partial")):
+        facts[f"unfinished view {folder.name[1:].removesuffix('.partial')}"] = "the same prepare goes on"
+    return facts
 
 
 def _bundle(path: Path) -> Inspection:

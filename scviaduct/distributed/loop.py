@@ -20,8 +20,8 @@ from scviaduct.distributed.workers import Workers
 from scviaduct.errors import ConfigError, DataError
 from scviaduct.models.base import Model
 from scviaduct.schema import Batch
-from scviaduct.storage.loader import BlockSource, Loader
-from scviaduct.storage.sampler import Sampler, Split
+from scviaduct.storage.loader import BlockSource
+from scviaduct.storage.sampler import Sampler, Split, StratifiedSplit
 
 PLATEAU_FACTOR, PLATEAU_PATIENCE = 0.6, 30  # scvi-tools' ReduceLROnPlateau
 
@@ -55,7 +55,7 @@ def fit(
     )
     progress = hooks.checkpoints.restore(model, optimizer, workers.rank) if hooks.checkpoints else Progress()
     net = workers.wrap(model, deterministic=config.deterministic)  # [2] backward averages gradients over the workers
-    loader = Loader(source, train, rank=workers.rank, world_size=workers.world_size)  # [3] my lanes only
+    loader = workers.loader(source, train, model.device)  # [3] my lanes only
     saved = time.monotonic()
 
     while progress.epoch < config.epochs_for(source.n_rows) and not progress.finished:
@@ -107,10 +107,15 @@ def samplers(model: Model, source: BlockSource, config: FitConfig, workers: Work
     if config.deterministic and model.couples_cells:
         raise ConfigError(
             "--deterministic computes lane by lane, but batch norm mixes the cells of a batch; use --preset scarches, "
-            "or --set use_batch_norm=none --set use_layer_norm=both."
+            "or --set use_batch_norm=none --set use_layer_norm=both. So does trvae's MMD: --set use_mmd=false."
         )
     if source.n_rows < 4 * workers.world_size:
         raise ConfigError(f"{source.n_rows} cells are too few for {workers.world_size} workers; use --workers 1.")
+
+    split = Split(config.validation_size, config.seed)
+    if config.validation_stratify_by:
+        codes = source.strata(config.validation_stratify_by)
+        split = StratifiedSplit(config.validation_size, config.seed, codes=codes)
 
     def sampler(part: str) -> Sampler:
         return Sampler(
@@ -119,7 +124,7 @@ def samplers(model: Model, source: BlockSource, config: FitConfig, workers: Work
             batch_size=config.batch_size,
             seed=config.seed,
             n_lanes=config.n_lanes,
-            split=Split(config.validation_size, config.seed),
+            split=split,
             part=part,  # type: ignore[arg-type]
         )
 

@@ -1,7 +1,7 @@
 """`map`: N queries onto one reference, each by surgery of its own, at the same time when asked; one failure stops none.
 
 Per query: align genes by name and audit the counts (storage/query.py), add its batches as new categories, train only
-their columns, embed, transfer labels, write a copy of the query's file with the results.
+their columns, embed, transfer labels, write a copy of the query's file with the results (storage/results.py).
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from scviaduct.models.base import Model
 from scviaduct.models.scanvi import SCANVI
 from scviaduct.models.surgery import extend
 from scviaduct.storage.loader import MemorySource, stream
+from scviaduct.storage.places import local
 from scviaduct.storage.query import Query, read_query
 from scviaduct.storage.results import write_result
 
@@ -109,7 +110,7 @@ def map(
         ConfigError: no query, or two with the same name.
         DataError: not one query could be mapped; nothing is left at `config.out`.
     """
-    config = dataclasses.replace(config, out=refuse_existing(Path(config.out).absolute()))
+    config = dataclasses.replace(config, out=refuse_existing(local(config.out, "The results").absolute()))
     paths = _named_once(queries)
     bundle = Bundle.open(fetch_model(str(model), config.tracking) if str(model).startswith("models:/") else model)
     tracker = Tracker(config.tracking)
@@ -145,7 +146,7 @@ def _make(folder: Path) -> Path:
 
 
 def _named_once(queries: Sequence[str | Path]) -> list[Path]:
-    paths = [Path(q).absolute() for q in queries]
+    paths = [local(q, "A query").absolute() for q in queries]
     stems = [p.stem for p in paths]
     twice = sorted({s for s in stems if stems.count(s) > 1})
     if not paths:
@@ -206,6 +207,7 @@ def _map_one(reference: Reference, path: Path, config: MapConfig) -> Mapped:
         path,
         model.schema,
         counts=config.counts,
+        sum_duplicates=config.sum_duplicates,
         batch_key=config.batch_key,
         one_batch=config.one_batch,
         reuse_batches=config.reuse_batches,

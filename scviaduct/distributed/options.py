@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 from scviaduct.errors import ConfigError, nearest
 from scviaduct.models.base import Model
@@ -22,6 +22,10 @@ def model_config(
     options = {**(start or {}), **PRESETS[preset]}
     types = get_type_hints(kind.Config)
     known = {f.name for f in fields(kind.Config)}
+    if foreign := sorted(PRESETS[preset].keys() - known):
+        raise ConfigError(
+            f"--preset {preset} is not for {kind.__name__}, which has no option {foreign[0]!r}; use --set."
+        )
     for text in assignments:
         name, equals, value = text.partition("=")
         if not equals:
@@ -34,6 +38,8 @@ def model_config(
 
 def _parsed(name: str, text: str, hint: Any) -> Any:
     """The text as the option's type; literals are left to the Config, which names its choices."""
+    if get_origin(hint) is tuple:
+        return tuple(_parsed(name, part, get_args(hint)[0]) for part in text.split(","))
     kinds = [k for k in (get_args(hint) or (hint,)) if k in (bool, int, float)]
     if bool in kinds:
         if text.lower() in {"true", "false"}:

@@ -39,6 +39,7 @@ from scviaduct.models.base import Model
 from scviaduct.schema import Schema
 from scviaduct.storage.loader import BlockSource, stream
 from scviaduct.storage.manifest import read_json, write_json_atomic
+from scviaduct.storage.places import Place, absolute, local
 from scviaduct.storage.view import View
 
 OnEpoch = Callable[[dict[str, float]], None]
@@ -61,7 +62,7 @@ class Job:
         return self.config.out
 
 
-def train(atlas: str | Path, config: TrainConfig, *, on_epoch: OnEpoch | None = None) -> Bundle:
+def train(atlas: str | Place, config: TrainConfig, *, on_epoch: OnEpoch | None = None) -> Bundle:
     """Train a model on a view of `atlas` and return its bundle; `on_epoch` receives one record of numbers an epoch.
 
     Raises:
@@ -70,7 +71,7 @@ def train(atlas: str | Path, config: TrainConfig, *, on_epoch: OnEpoch | None = 
         MissingColumnError, DataError: a covariate is not in the view, or has missing values.
         IncompleteError: the atlas or its view is not whole.
     """
-    atlas, config = Path(atlas).absolute(), _absolute(config)
+    atlas, config = absolute(atlas), _absolute(config)
     if not config.resume:
         refuse_existing(config.out)
     else:
@@ -101,7 +102,7 @@ def train(atlas: str | Path, config: TrainConfig, *, on_epoch: OnEpoch | None = 
 def _absolute(config: TrainConfig) -> TrainConfig:
     """Paths that mean the same in the workers, whose working directory is another."""
     start = config.init_from and Path(config.init_from).absolute()
-    return dataclasses.replace(config, out=Path(config.out).absolute(), init_from=start)
+    return dataclasses.replace(config, out=local(config.out, "The run's folder").absolute(), init_from=start)
 
 
 def work(job: Job) -> None:
@@ -165,7 +166,7 @@ def _open_run(job: Job, view: View) -> Tracker:
         return tracker
     tags = {"atlas": job.atlas, "view": view.name, "view_digest": view.digest, "schema_digest": job.schema.digest}
     tracker.start(f"train {job.out.name}", flat(config.to_dict()) | {"n_cells": view.n_rows}, tags)
-    tracker.dataset(Path(job.atlas).name, job.atlas, view.digest, {"cells": view.n_rows, "genes": len(view.genes)})
+    tracker.dataset(absolute(job.atlas).name, job.atlas, view.digest, {"cells": view.n_rows, "genes": len(view.genes)})
     job.out.mkdir(parents=True)
     facts = {"config": config.to_dict(), "atlas": job.atlas, "view_digest": view.digest, "mlflow_run": tracker.run_id}
     write_json_atomic(job.out / "run.json", facts)

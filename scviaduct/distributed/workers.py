@@ -3,16 +3,28 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
+
+from scviaduct.storage.loader import BlockSource, Loader
+from scviaduct.storage.sampler import Sampler
 
 
 def device() -> torch.device:
     """The GPU this process was given, else the CPU. Ray shows each worker its own GPU as the first."""
     return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def pinned(n: int, dtype: Any) -> NDArray[Any]:
+    """(n,) uninitialised values in page-locked memory, which a GPU copies from without waiting; torch reuses it."""
+    dtype = np.dtype(dtype)
+    return torch.empty(n * dtype.itemsize, dtype=torch.uint8, pin_memory=True).numpy().view(dtype)
 
 
 @dataclass(frozen=True)
@@ -26,6 +38,21 @@ class Workers:
     def current(cls) -> Workers:
         """The place in torch's process group, when one is up."""
         return cls(dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else cls()
+
+    def loader(self, source: BlockSource, sampler: Sampler, target: torch.device) -> Loader:
+        """This worker's batches, for a model on `target`.
+
+        For a GPU they keep the types on disk, 3 or 4 bytes a non-zero instead of 8, and are widened there.
+        """
+        gpu = target.type == "cuda"
+        return Loader(
+            source,
+            sampler,
+            rank=self.rank,
+            world_size=self.world_size,
+            compact=gpu,
+            allocate=pinned if gpu else None,
+        )
 
     def wrap(self, model: nn.Module, *, deterministic: bool = False) -> nn.Module:
         """The model whose backward averages gradients over the workers; itself when alone or deterministic."""

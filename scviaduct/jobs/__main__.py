@@ -11,7 +11,7 @@ from rich.console import Console
 
 from scviaduct import __version__
 from scviaduct.errors import ScviaductError
-from scviaduct.jobs import convert, demo, inspect, map, prepare, train
+from scviaduct.jobs import convert, demo, export, inspect, map, prepare, repair, train, verify
 
 
 def _shown(default: object) -> str | None:
@@ -27,7 +27,7 @@ app = App(
     default_parameter=Parameter(negative_iterable=(), show_default=_shown),
 )
 
-for _place, _verb in enumerate((convert, prepare, train, map, inspect, demo)):
+for _place, _verb in enumerate((convert, prepare, train, map, inspect, verify, repair, export, demo)):
     app.command(_verb.command, name=_verb.__name__.rpartition(".")[2], sort_key=_place)
 
 _SURROUNDINGS = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EEXIST}

@@ -2,28 +2,77 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
 
 from scviaduct.jobs.display import Steps, output
 
+Names = Annotated[tuple[str, ...], Parameter(consume_multiple=True, negative="")]
 
-def command(files: list[Path], /, *, out: Path, counts: str | None = None, memory: str = "2GB") -> int:
-    """h5ad files become one verified, chunked Zarr atlas.
 
-    Every count is checked on the way, and what was written is read back.
+def command(
+    files: list[Path],
+    /,
+    *,
+    out: Path,
+    counts: str | None = None,
+    memory: str = "2GB",
+    workers: int | None = None,
+    append: bool = False,
+    obsm: Names = (),
+    layers: Names = (),
+    sum_duplicates: bool = False,
+    address: str | None = None,
+) -> int:
+    """h5ad files become one verified, chunked Zarr atlas; AnnData Zarr stores and 10x Genomics h5 files do, too.
+
+    Every count is checked on the way, and what was written is read back. After a kill, or when the disk was full, the
+    same command goes on where it was.
 
     Args:
         files: h5ad files, one a data set.
         out: The atlas to make, e.g. atlas.zarr.
         counts: Matrix with the raw counts: "X", "raw" or a layer. Default: found by looking.
-        memory: Memory to stay below, e.g. 2GB.
+        memory: Memory to stay below, all processes together, e.g. 2GB.
+        workers: Processes. Default: one a core, fewer where memory or files are few.
+        append: Add the files to the finished atlas; what it has already stays untouched.
+        obsm: Elements of obsm to keep besides, where a file has them, e.g. protein_counts spatial.
+        layers: Layers to keep besides, where a file has them, e.g. spliced unspliced.
+        sum_duplicates: Add up genes that are named twice instead of refusing the file.
+        address: Address of a running Ray cluster ("auto", "ray://…") that shares the file system; memory is then that
+            of a task.
     """
+    from scviaduct.storage.atlas import Atlas
     from scviaduct.storage.convert import convert
 
-    with Steps("convert") as steps:
+    before = {d.id for d in Atlas.open(out).datasets} if append else set()
+    with ExitStack() as stack:
+        executor = None
+        if address:
+            from scviaduct.distributed.cluster import ray_cluster
+            from scviaduct.distributed.tasks import RayExecutor
+
+            stack.enter_context(ray_cluster(address, workers or 1))
+            executor = stack.enter_context(RayExecutor())
+        steps = stack.enter_context(Steps("convert", unit="cells"))
         atlas = convert(
-            files, out=out, counts=counts, memory=memory, on_progress=lambda name, done, n: steps.at(done, name, n)
+            files,
+            out=out,
+            counts=counts,
+            memory=memory,
+            workers=workers,
+            executor=executor,
+            append=append,
+            obsm=obsm,
+            layers=layers,
+            sum_duplicates=sum_duplicates,
+            on_progress=lambda name, done, n: steps.at(done, name, n),
         )
-    output.print(f"{out}: {atlas.n_obs:,} cells in {len(atlas.datasets)} data sets.")
+    there = len(before & {path.stem for path in files})
+    told = f" ({there} of {len(files)} files were there already)" if there else ""
+    output.print(f"{out}: {atlas.n_obs:,} cells in {len(atlas.datasets)} data sets{told}.")
     output.print(f"Next: scviaduct prepare {out}", style="dim")
     return 0

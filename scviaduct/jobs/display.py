@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from datetime import timedelta
 from types import TracebackType
 
 from rich.console import Console
@@ -17,11 +18,16 @@ _LINE_SECONDS = 10.0
 
 
 class Steps:
-    """Counts towards `total` with a remark; in a log file a line every ten seconds, and the last."""
+    """Counts towards `total` with a remark; in a log file a line every ten seconds, and the last.
 
-    def __init__(self, title: str, total: int | None = None) -> None:
-        self._title, self._total, self._done, self._remark = title, total, 0, ""
+    With a `unit`, say "cells", their number a second and the time left are told as well; what was done before the
+    first call of `at` (by a run that was killed) does not count.
+    """
+
+    def __init__(self, title: str, total: int | None = None, unit: str = "") -> None:
+        self._title, self._total, self._done, self._remark, self._unit = title, total, 0, "", unit
         self._printed, self._printed_at = time.monotonic(), 0
+        self._began: tuple[float, int] | None = None
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         self._bar = Progress(*columns, TextColumn("{task.fields[remark]}"), console=console, transient=True)
         self._task = self._bar.add_task(title, total=total, remark="")
@@ -39,10 +45,21 @@ class Steps:
 
     def at(self, done: int, remark: str = "", total: int | None = None) -> None:
         """Stand at `done`."""
-        self._done, self._remark, self._total = done, remark, total or self._total
+        self._total = total or self._total
+        self._began = self._began or (time.monotonic(), done)
+        self._done, self._remark = done, " · ".join(filter(None, (remark, self._speed(done))))
+        remark = self._remark
         self._bar.update(self._task, completed=done, total=self._total, remark=remark)
         if not console.is_terminal and time.monotonic() - self._printed > _LINE_SECONDS:
             self._line()
+
+    def _speed(self, done: int) -> str:
+        began, at = self._began or (0.0, 0)
+        if not self._unit or done <= at:
+            return ""
+        rate = (done - at) / max(time.monotonic() - began, 1e-3)
+        left = timedelta(seconds=round(((self._total or done) - done) / rate))
+        return f"{rate:,.0f} {self._unit}/s" + (f" · {left} left" if left and not console.is_terminal else "")
 
     def _line(self) -> None:
         self._printed, self._printed_at = time.monotonic(), self._done

@@ -17,13 +17,14 @@ if TYPE_CHECKING:
 def command(model: str, queries: list[Path], /, *, config: Annotated[MapConfig, Parameter(name="*")]) -> int:
     """Map query files onto a trained model: embedding, labels, uncertainty.
 
-    Each query becomes OUT/<query>.h5ad: the file as it was, with the results in obsm and obs.
+    Each query becomes OUT/<query>.h5ad: the h5ad as it was, with the results in obsm and obs; of another kind of file
+    obs and the results.
 
     Exit code 0: all mapped; 1: some failed, see summary.csv; 2: none could be.
 
     Args:
         model: A run, a bundle, or a registered model such as models:/kang@current.
-        queries: h5ad files.
+        queries: h5ad files, AnnData Zarr stores or 10x Genomics h5 files.
     """
     from scviaduct.distributed.map import map
 

@@ -10,7 +10,13 @@ from scviaduct.errors import ConfigError, nearest
 if TYPE_CHECKING:
     from scviaduct.models.base import Model
 
-MODELS = {"scvi": "scviaduct.models.scvi:SCVI", "scanvi": "scviaduct.models.scanvi:SCANVI"}
+MODELS = {
+    "scvi": "scviaduct.models.scvi:SCVI",
+    "scanvi": "scviaduct.models.scanvi:SCANVI",
+    "trvae": "scviaduct.models.trvae:TRVAE",
+    "peakvi": "scviaduct.models.peakvi:PeakVI",
+    "poissonvi": "scviaduct.models.poissonvi:PoissonVI",
+}
 
 
 def model_class(name: str) -> type[Model]:

@@ -58,6 +58,10 @@ class Model(nn.Module, ABC):
         self.schema = schema
         self.config = config
 
+    def adopt(self, schema: Schema) -> None:
+        """Take an extension of the schema (surgery); models whose tensors depend on it override this."""
+        self.schema = schema
+
     @abstractmethod
     def forward(self, batch: Batch, kl_weight: float = 1.0, noise: Noise | None = None) -> Losses:
         """The training path: the loss of a batch, with noise drawn from its cells' seeds unless given."""

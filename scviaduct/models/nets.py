@@ -100,8 +100,8 @@ class Columns(nn.Module):
 class Blocks(nn.ModuleList):
     """The `Columns` of each covariate that a layer sees."""
 
-    def __init__(self, n_categories: Sequence[int], width: int, *, labels: bool = False) -> None:
-        super().__init__(Columns(k, n, width, labels=labels) for k, n in enumerate(n_categories))
+    def __init__(self, n_categories: Sequence[int], width: int, *, single: bool = False, labels: bool = False) -> None:
+        super().__init__(Columns(k, n, width, single=single, labels=labels) for k, n in enumerate(n_categories))
 
     @property
     def tables(self) -> list[Tensor]:
@@ -116,9 +116,9 @@ class Blocks(nn.ModuleList):
         return h
 
 
-def _reset(layer: CategoricalLinear | CountsLinear, n_in: int) -> None:
+def reset(layer: nn.Module, n_in: int, columns: Blocks) -> None:
     """torch's initialisation of a Linear, in which the covariates' columns count as inputs."""
-    bound = 1.0 / math.sqrt(n_in + sum(len(t) for t in layer.columns.tables))
+    bound = 1.0 / math.sqrt(n_in + sum(len(t) for t in columns.tables))
     for tensor in layer.parameters():
         nn.init.uniform_(tensor, -bound, bound)
 
@@ -126,12 +126,14 @@ def _reset(layer: CategoricalLinear | CountsLinear, n_in: int) -> None:
 class CategoricalLinear(nn.Module):
     """`W x + b + sum_k C_k[code_k]`; weight is (width, inputs)."""
 
-    def __init__(self, n_in: int, width: int, n_categories: Sequence[int], *, labels: bool = False) -> None:
+    def __init__(
+        self, n_in: int, width: int, n_categories: Sequence[int], *, labels: bool = False, bias: bool = True
+    ) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(width, n_in))
-        self.bias = nn.Parameter(torch.empty(width))
+        self.bias = nn.Parameter(torch.empty(width)) if bias else None
         self.columns = Blocks(n_categories, width, labels=labels)
-        _reset(self, n_in)
+        reset(self, n_in, self.columns)
 
     def forward(self, x: Tensor, codes: Sequence[Tensor]) -> Tensor:
         """(cells, inputs) and a (cells,) code per covariate to (cells, width)."""
@@ -142,20 +144,23 @@ class CountsLinear(nn.Module):
     """The first layer of an encoder: `log1p(counts) W + continuous V + b + sum_k C_k[code_k]`.
 
     `weight` is (genes, width), as the sparse product wants it; `continuous` (continuous covariates, width) exists
-    only where there are any.
+    only where there are any. `transform` names what the encoder sees of the counts (`counts.TRANSFORMS`).
     """
 
-    def __init__(self, n_genes: int, width: int, n_continuous: int, n_categories: Sequence[int]) -> None:
+    def __init__(
+        self, n_genes: int, width: int, n_continuous: int, n_categories: Sequence[int], transform: str = "log1p"
+    ) -> None:
         super().__init__()
+        self.transform = transform
         self.weight = nn.Parameter(torch.empty(n_genes, width))
         self.continuous = nn.Parameter(torch.empty(n_continuous, width)) if n_continuous else None
         self.bias = nn.Parameter(torch.empty(width))
         self.columns = Blocks(n_categories, width)
-        _reset(self, n_genes + n_continuous)
+        reset(self, n_genes + n_continuous, self.columns)
 
     def forward(self, cells: Cells, codes: Sequence[Tensor]) -> Tensor:
         """Cells and their codes to (cells, width)."""
-        h = cells.counts.product(cells.counts.log1p_values, self.weight) + self.bias
+        h = cells.counts.product(cells.counts.values(self.transform), self.weight) + self.bias
         if self.continuous is not None:
             h = torch.addmm(h, cells.continuous, self.continuous)
         return self.columns(h, codes)
@@ -237,10 +242,12 @@ class Hidden:
     """Whether the further layers see them too."""
     labels: bool = False
     """Whether the one covariate is the cells' label, which surgery does not extend."""
+    negative_slope: float = 0.0
+    """Of the activation: 0 for ReLU, 0.01 for torch's LeakyReLU."""
 
 
 class HiddenLayer(nn.Module):
-    """Linear, then the norms, ReLU and dropout."""
+    """Linear, then the norms, ReLU (or LeakyReLU) and dropout."""
 
     def __init__(self, linear: nn.Module, hidden: Hidden) -> None:
         super().__init__()
@@ -248,6 +255,7 @@ class HiddenLayer(nn.Module):
         self.batch_norm = BatchNorm(hidden.n_hidden) if hidden.batch_norm else None
         self.layer_norm = hidden.layer_norm
         self.dropout_rate = hidden.dropout_rate
+        self.negative_slope = hidden.negative_slope
 
     def forward(self, x: Any, codes: Sequence[Tensor], noise: Noise | None) -> Tensor:
         """(cells, inputs) to (cells, n_hidden); noise None means no dropout."""
@@ -256,8 +264,16 @@ class HiddenLayer(nn.Module):
             h = self.batch_norm(h)
         if self.layer_norm:
             h = F.layer_norm(h, h.shape[1:])
-        h = F.relu(h)
+        h = F.leaky_relu(h, self.negative_slope) if self.negative_slope else F.relu(h)
         return noise.dropout(h, self.dropout_rate if self.training else 0.0) if noise is not None else h
+
+
+class Given(nn.Module):
+    """The place of a first linear map that was applied already."""
+
+    def forward(self, h: Tensor, _: Sequence[Tensor]) -> Tensor:
+        """The input, (cells, n_hidden), as it is."""
+        return h
 
 
 class FCLayers(nn.Module):

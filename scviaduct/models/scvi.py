@@ -17,7 +17,7 @@ those of the global batch. `SCARCHES` is the architecture for reference mapping 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import numpy as np
 import torch
@@ -110,6 +110,8 @@ class SCVI(Model):
 
     Config = SCVIConfig
     obsm_key = "X_scVI"
+    negative_slope: ClassVar[float] = 0.0
+    """Of the networks' activation: ReLU."""
     config: SCVIConfig
     library_log_means: Tensor
     library_log_vars: Tensor
@@ -148,6 +150,7 @@ class SCVI(Model):
             layer_norm=c.use_layer_norm in (where, "both"),
             n_categories=tuple(len(covariate) for covariate in seen),
             deep=c.deeply_inject_covariates,
+            negative_slope=self.negative_slope,
         )
 
     def _dispersion(self) -> nn.Module | nn.Parameter | None:

@@ -37,7 +37,7 @@ def extend(model: Model, schema: Schema, *, dropout: bool = False) -> Model:
     """
     n_new = _new_categories(model.schema, schema)
     query = copy.deepcopy(model)
-    query.schema = schema
+    query.adopt(schema)
     for module in list(query.modules()):
         _freeze(module)
         if isinstance(module, Columns):
@@ -62,7 +62,7 @@ def _freeze(module: nn.Module) -> None:
 
 def _new_categories(old: Schema, new: Schema) -> list[int]:
     """How many categories each covariate gains."""
-    for name in ("genes", "labels", "continuous", "size_factor"):
+    for name in ("genes", "labels", "continuous", "size_factor", "proteins"):
         if getattr(old, name) != getattr(new, name):
             raise DataError(f"The query's {name} differ from the reference's; align the query to the reference first")
     if [c.key for c in old.covariates] != [c.key for c in new.covariates]:

@@ -9,9 +9,56 @@ import torch
 from torch import Tensor, nn
 
 from scviaduct.errors import DataError
-from scviaduct.models.nets import CategoricalLinear, Columns, CountsLinear, Encoder, FCLayers, HiddenLayer
+from scviaduct.models.nets import CategoricalLinear, Columns, CountsLinear, Encoder, FCLayers, Given, HiddenLayer
 from scviaduct.models.scanvi import SCANVI, LabelNet
 from scviaduct.models.scvi import SCVI
+from scviaduct.models.totalvi import TotalVI, TotalVIInput
+
+
+def load_totalvi(model: TotalVI, state: Mapping[str, Tensor]) -> None:
+    """Copy a TOTALVAE's state dict into a TotalVI of the same configuration.
+
+    Raises:
+        DataError: a tensor is missing or has another shape.
+    """
+    reader = _Reader(state)
+    with torch.no_grad():
+        reader.layers(model.encoder, "encoder.encoder")
+        for part in ("weight", "bias"):
+            both = torch.cat([reader.get(f"encoder.z_{head}_encoder.{part}") for head in ("mean", "var")])
+            reader.put(getattr(model.mean_and_log_var, part), both, f"encoder.z_mean_encoder.{part}")
+        for branch, hidden in _TOTALVI_HIDDEN.items():
+            reader.layers(getattr(model, branch).hidden, f"decoder.{hidden}")
+        for (branch, head), name in _TOTALVI_HEADS.items():
+            if head in getattr(model, branch).heads:
+                reader.conditioned(getattr(model, branch).heads[head], f"decoder.{name}.fc_layers.Layer 0.0")
+        for ours, theirs in _TOTALVI_TABLES.items():
+            table = getattr(model, ours)
+            rows = reader.get(theirs)
+            reader.put(table.weight if isinstance(table, Columns) else table, rows.t() if rows.dim() > 1 else rows, theirs)
+
+
+_TOTALVI_HIDDEN = {
+    "rna": "px_decoder",
+    "background": "py_back_decoder",
+    "foreground": "py_fore_decoder",
+    "mixing": "sigmoid_decoder",
+}
+_TOTALVI_HEADS = {
+    ("rna", "scale"): "px_scale_decoder",
+    ("background", "log_alpha"): "py_back_mean_log_alpha",
+    ("background", "log_beta"): "py_back_mean_log_beta",
+    ("foreground", "scale"): "py_fore_scale_decoder",
+    ("mixing", "zi"): "px_dropout_decoder_gene",
+    ("mixing", "background"): "py_background_decoder",
+}
+_TOTALVI_TABLES = {
+    "px_r": "px_r",
+    "py_r": "py_r",
+    "background_mean": "background_pro_alpha",
+    "background_log_std": "background_pro_log_beta",
+    "log_efficiency": "log_per_batch_efficiency",
+}
 
 
 def load_upstream(model: SCVI, state: Mapping[str, Tensor]) -> None:
@@ -89,18 +136,19 @@ class _Reader:
     def layers(self, layers: FCLayers, name: str) -> None:
         for i, layer in enumerate(cast("list[HiddenLayer]", layers.layers)):
             prefix = f"{name}.fc_layers.Layer {i}"
-            self.conditioned(cast("CategoricalLinear | CountsLinear", layer.linear), f"{prefix}.0")
+            if not isinstance(layer.linear, Given):
+                self.conditioned(cast("CategoricalLinear | CountsLinear | TotalVIInput", layer.linear), f"{prefix}.0")
             if layer.batch_norm is not None:
                 for part in ("weight", "bias", "running_mean", "running_var"):
                     self.copy(getattr(layer.batch_norm, part), f"{prefix}.1.{part}")
 
-    def conditioned(self, linear: CategoricalLinear | CountsLinear, name: str) -> None:
+    def conditioned(self, linear: CategoricalLinear | CountsLinear | TotalVIInput, name: str) -> None:
         """Upstream's weight is (width, [features | continuous | batch | further covariates])."""
         weight = self.get(f"{name}.weight")
-        if isinstance(linear, CountsLinear):
-            blocks = (
-                [linear.weight] + ([linear.continuous] if linear.continuous is not None else []) + linear.columns.tables
-            )
+        if isinstance(linear, CountsLinear | TotalVIInput):
+            proteins = [linear.proteins] if isinstance(linear, TotalVIInput) else []
+            continuous = [linear.continuous] if linear.continuous is not None else []
+            blocks = [linear.weight, *proteins, *continuous, *linear.columns.tables]
         else:
             blocks = [linear.weight.T, *linear.columns.tables]
         widths = [len(block) for block in blocks]
@@ -108,7 +156,8 @@ class _Reader:
             raise DataError(f"{name!r} has {weight.shape[1]} inputs, the model {sum(widths)} ({widths})")
         for block, part in zip(blocks, weight.T.split(widths), strict=True):
             self.put(block, part, name)
-        self.copy(linear.bias, f"{name}.bias")
+        if linear.bias is not None:
+            self.copy(linear.bias, f"{name}.bias")
 
     def dispersion(self, model: SCVI) -> None:
         px_r = model.px_r.weight if isinstance(model.px_r, Columns) else cast("Tensor | None", model.px_r)

@@ -3,27 +3,30 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import anndata as ad
 import dask
 import dask.array as da
 import numpy as np
 import pandas as pd
-from anndata.utils import make_index_unique
+import zarr
 from numpy.typing import NDArray
 from scipy.sparse import csr_matrix
 
 from scviaduct.errors import DataError, IncompleteError, MissingColumnError, UnreadableFileError, nearest
 from scviaduct.storage.arrays import open_array, open_group
-from scviaduct.storage.columns import DATASET, OBS_DATASET, Column
-from scviaduct.storage.genes import normalise, select
+from scviaduct.storage.fetched import fetch_group
+from scviaduct.storage.genes import GeneAxis, Join, gene_axis, select
+from scviaduct.storage.joined import joined_obs, joined_var
 from scviaduct.storage.manifest import ATLAS_MARKER, DATASET_MARKER, FORMAT, check_files, read_json
-
-Join = Literal["union", "intersection"]
+from scviaduct.storage.places import Place, exists, place
+from scviaduct.storage.shards import Arrays, Slice
 
 
 @dataclass(frozen=True)
@@ -59,77 +62,98 @@ class DatasetInfo:
 class Counts:
     """The counts of one data set on disk; opening it reads the row pointers only (8 bytes a cell)."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Place, matrix: str = "X") -> None:
+        self.path, self.matrix = path, matrix
         self._open()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"path": self.path}
+        return {"path": self.path, "matrix": self.matrix}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.path = state["path"]
+        self.path, self.matrix = state["path"], state["matrix"]
         self._open()
 
     def _open(self) -> None:
-        self._arrays = {name: open_array(self.path / "X" / name) for name in ("data", "indices", "indptr")}
-        self.indptr: NDArray[np.int64] = self._read("indptr", "row pointers", 0, None)
-        shape: Any = open_group(self.path / "X").attrs["shape"]
-        self.n_obs, self.n_vars = len(self.indptr) - 1, shape[1]
+        path = self.path / self.matrix
+        if isinstance(path, Path):  # zarrs decodes the chunks of a request on all cores
+            stored = {name: open_array(path / name) for name in ("data", "indices", "indptr")}
+            self._values: Callable[..., list[NDArray[Any]]] = partial(_slices, stored)
+        else:
+            self._values = Arrays(path).read
+        attributes = read_json(path / "zarr.json")["attributes"]
+        length = read_json(path / "indptr" / "zarr.json")["shape"][0]
+        (self.indptr,) = self._read("row pointers", Slice("indptr", 0, length))
+        self.n_obs, self.n_vars = length - 1, attributes["shape"][1]
 
     def rows(self, first: int, last: int) -> csr_matrix:
         """Cells first to last as canonical CSR: counts in the stored type, int32 gene indices.
 
         Raises IncompleteError when a chunk is damaged or gone.
         """
-        lo, hi = int(self.indptr[first]), int(self.indptr[last])
-        what = f"cells {first:,}-{last - 1:,}"
-        data, indices = self._read("data", what, lo, hi), self._read("indices", what, lo, hi).astype(np.int32)
-        block = csr_matrix((data, indices, self.indptr[first : last + 1] - lo), shape=(last - first, self.n_vars))
+        indptr, indices, data = self.raw(first, last)
+        block = csr_matrix((data, indices.astype(np.int32), indptr), shape=(last - first, self.n_vars))
         block.has_canonical_format = True
         return block
+
+    def raw(self, first: int, last: int) -> tuple[NDArray[np.int64], NDArray[Any], NDArray[Any]]:
+        """(row pointers from 0, gene indices, counts) of cells first to last, in the stored types."""
+        lo, hi = int(self.indptr[first]), int(self.indptr[last])
+        what = f"cells {first:,}-{last - 1:,}"
+        indices, data = self._read(what, Slice("indices", lo, hi), Slice("data", lo, hi))
+        return self.indptr[first : last + 1] - lo, indices, data
 
     def blocks(self, rows: int) -> Iterator[tuple[int, csr_matrix]]:
         """(first cell, CSR of at most `rows` cells) in order."""
         for first in range(0, self.n_obs, rows):
             yield first, self.rows(first, min(first + rows, self.n_obs))
 
-    def _read(self, name: str, what: str, lo: int, hi: int | None) -> NDArray[Any]:
-        array = self._arrays[name]
+    def _read(self, what: str, *slices: Slice) -> list[NDArray[Any]]:
+        # here one array after the other, from an object store all at once
+        groups = [[s] for s in slices] if isinstance(self.path, Path) else [list(slices)]
+        return [values for group in groups for values in self._read_at_once(what, group)]
+
+    def _read_at_once(self, what: str, slices: list[Slice]) -> list[NDArray[Any]]:
         try:
-            values = np.asarray(array[lo:hi])
+            return self._values(*slices)
         except (RuntimeError, OSError, ValueError) as error:  # zarrs raises RuntimeError for a wrong checksum
+            names = " and ".join(s.name for s in slices)
             raise IncompleteError(
-                f"{self.path}/X/{name}: {what} cannot be read ({error}); convert {self.path.name} again"
+                f"{self.path}/{self.matrix}/{names}: {what} cannot be read ({error}); convert {self.path.name} again"
             ) from error
+
+
+def _slices(arrays: dict[str, zarr.Array], *slices: Slice) -> list[NDArray[Any]]:
+    found = [np.asarray(arrays[s.name][s.start : s.stop]) for s in slices]
+    for values, s in zip(found, slices, strict=True):
         # A chunk that is gone reads as the fill value, and no stored value ever equals it.
-        if (values == array.fill_value).any():
-            raise IncompleteError(
-                f"{self.path}/X/{name}: a chunk with {what} is missing; convert {self.path.name} again"
-            )
-        return values
+        if (values == arrays[s.name].fill_value).any():
+            raise ValueError("a chunk is missing")
+    return found
 
 
 @dataclass(frozen=True, eq=False)
 class Atlas:
     """Data sets on disk. Only metadata are held; counts, obs and var are read when they are asked for."""
 
-    path: Path
+    path: Place
     datasets: tuple[DatasetInfo, ...]
     vocabulary: dict[str, tuple[str, ...]]
     """Values that occur in each obs column that is not numeric in all data sets, as text."""
+    identifiers: tuple[str, ...]
+    """Columns that name cells (more than 100 values, and than half the cells): not in the vocabulary."""
     _files: dict[str, dict[str, dict[str, Any]]] = field(repr=False)
     """Size and sha256 of the files of each data set."""
     _open: dict[str, Counts] = field(default_factory=dict, repr=False)
 
     @classmethod
-    def open(cls, path: str | Path) -> Atlas:
+    def open(cls, path: str | Place) -> Atlas:
         """Open an atlas; reads its JSON files, no arrays.
 
         Raises:
             UnreadableFileError: there is nothing at `path`, or it is a file.
             IncompleteError: the atlas was not written to the end, or a data set of it is gone.
         """
-        path = Path(path)
+        path = place(path)
         _refuse_other(path)
         record = read_json(path / ATLAS_MARKER)
         if record.get("format") != FORMAT:
@@ -142,11 +166,12 @@ class Atlas:
             infos = tuple(DatasetInfo.of(manifest) for manifest in manifests.values())
             files = {name: manifest["files"] for name, manifest in manifests.items()}
             vocabulary = {column: tuple(values) for column, values in record["vocabulary"].items()}
+            identifiers = tuple(record["identifiers"])
         except KeyError as error:
             raise IncompleteError(
                 f"{path}: a manifest lacks {error}: it is damaged; convert the files again"
             ) from error
-        return cls(path, infos, vocabulary, files)
+        return cls(path, infos, vocabulary, identifiers, files)
 
     @property
     def n_obs(self) -> int:
@@ -155,11 +180,11 @@ class Atlas:
 
     def obs(self, dataset_id: str, columns: list[str] | None = None) -> pd.DataFrame:
         """obs of one data set as in its source, or some `columns` of it; MissingColumnError for one that is not."""
-        group = open_group(self._checked(dataset_id) / "obs")
+        group = self._group(dataset_id, "obs")
         if columns is None:
             return ad.io.read_elem(group)
         attributes: Any = group.attrs
-        available = list(attributes["column-order"])
+        available = self.obs_columns(dataset_id)
         for column in columns:
             if column not in available:
                 raise MissingColumnError(
@@ -168,9 +193,24 @@ class Atlas:
         index = pd.Index(ad.io.read_elem(group[attributes["_index"]]))
         return pd.DataFrame({c: ad.io.read_elem(group[c]) for c in columns}, index=index)
 
+    def obs_columns(self, dataset_id: str) -> list[str]:
+        """Names of the obs columns of one data set."""
+        attributes: Any = self._group(dataset_id, "obs").attrs
+        return list(attributes["column-order"])
+
+    def obsm(self, dataset_id: str) -> dict[str, Any]:
+        """What was kept of obsm of one data set, whole."""
+        stored = any(name.startswith("obsm/") for name in self._files[dataset_id])
+        return dict(ad.io.read_elem(self._group(dataset_id, "obsm"))) if stored else {}
+
+    def layers(self, dataset_id: str) -> dict[str, Counts]:
+        """The layers that were kept of one data set, for reading any rows."""
+        names = {name.split("/")[1] for name in self._files[dataset_id] if re.match("layers/[^/]+/", name)}
+        return {name: Counts(self._checked(dataset_id), f"layers/{name}") for name in sorted(names)}
+
     def var(self, dataset_id: str) -> pd.DataFrame:
         """var of one data set as in its source."""
-        return ad.io.read_elem(open_group(self._checked(dataset_id) / "var"))
+        return ad.io.read_elem(self._group(dataset_id, "var"))
 
     def counts(self, dataset_id: str) -> Counts:
         """The counts of one data set, for reading any rows."""
@@ -182,11 +222,14 @@ class Atlas:
         """(first cell, canonical CSR of at most `rows` cells) of one data set, in order."""
         yield from self.counts(dataset_id).blocks(rows)
 
+    @cached_property
+    def axis(self) -> GeneAxis:
+        """The names by which the genes of the data sets are compared; DataError when they have no kind in common."""
+        return gene_axis({d.id: self.var(d.id) for d in self.datasets})
+
     def genes(self, join: Join = "union") -> tuple[str, ...]:
-        """Genes of any ("union") or of all ("intersection") data sets, Ensembl versions aside, in order of appearance."""
-        names = [dict.fromkeys(normalise(self.var(d.id).index)) for d in self.datasets]
-        found = dict.fromkeys(gene for genes in names for gene in genes)
-        return tuple(g for g in found if join == "union" or all(g in genes for genes in names))
+        """Genes of any ("union") or of all ("intersection") data sets on the `axis`, in order of appearance."""
+        return self.axis.genes(join)
 
     def lazy(self, join: Join = "union", rows: int = 8192) -> ad.AnnData:
         """All data sets as one AnnData whose X is a dask array of CSR blocks of at most `rows` cells, float32.
@@ -195,13 +238,35 @@ class Atlas:
         that name in a source becomes "obs.dataset". Names of cells get the prefix "<data set>:" when they collide.
         """
         genes = self.genes(join)
-        positions = {gene: i for i, gene in enumerate(genes)}
         blocks = []
         for info in self.datasets:
-            names = normalise(self.var(info.id).index)
-            columns = np.array([positions.get(name, -1) for name in names], np.int32)
+            columns = self.axis.columns(info.id, genes)
             blocks.append(_lazy_counts(self.counts(info.id), columns, len(genes), rows))
-        return ad.AnnData(X=da.concatenate(blocks), obs=self._all_obs(), var=self._all_var(genes))
+        ids = [d.id for d in self.datasets]
+        return ad.AnnData(X=da.concatenate(blocks), obs=joined_obs(self, ids), var=joined_var(self, ids, genes))
+
+    def to_adata(
+        self,
+        *,
+        datasets: str | Sequence[str] | None = None,
+        where: str | None = None,
+        genes: str | Path | Sequence[str] | None = None,
+        join: Join = "union",
+        memory: str | None = None,
+    ) -> ad.AnnData:
+        """Chosen cells and genes in memory: X as CSR float32, one data set as in its source, several as in `lazy`.
+
+        `where` is a query over obs such as "cell_type == 'B cell' and donor != 'd1'" (pandas syntax); `genes` are names
+        or a text file with one per line, in whose order they come; the rest as in `scviaduct.export`.
+
+        Raises:
+            NotEnoughMemoryError: they take more than `memory` (such as "40GB"; default: what is free).
+            DataError, MissingColumnError, ConfigError: there is no such data set, gene or column, no such cell, or
+                `where` is no comparison.
+        """
+        from scviaduct.storage.export import to_adata
+
+        return to_adata(self, datasets=datasets, where=where, genes=genes, join=join, memory=memory)
 
     def digest(self) -> str:
         """sha256 over the manifests of the data sets: equal digests mean the same data in the same order."""
@@ -210,7 +275,13 @@ class Atlas:
             digest.update((self.path / "datasets" / info.id / DATASET_MARKER).read_bytes())
         return digest.hexdigest()
 
-    def _checked(self, dataset_id: str) -> Path:
+    def _group(self, dataset_id: str, name: str) -> zarr.Group:
+        path = self._checked(dataset_id)
+        if isinstance(path, Path):
+            return open_group(path / name)
+        return fetch_group(path, name, self._files[dataset_id])
+
+    def _checked(self, dataset_id: str) -> Place:
         if dataset_id not in self._files:
             known = [d.id for d in self.datasets]
             raise DataError(f"{self.path} has no data set {dataset_id!r}; {nearest(dataset_id, known)}")
@@ -219,42 +290,18 @@ class Atlas:
             check_files(path, self._files[dataset_id])
         return path
 
-    def _all_obs(self) -> pd.DataFrame:
-        frames = [self.obs(d.id).rename(columns={DATASET: OBS_DATASET}) for d in self.datasets]
-        text = {OBS_DATASET if name == DATASET else name: values for name, values in self.vocabulary.items()}
-        parts = []
-        for frame in frames:
-            codes = {c: Column(c, text[c]).encode(frame[c], len(frame)) for c in frame.columns if c in text}
-            parts.append(frame.assign(**{c: pd.Categorical.from_codes(codes[c], text[c]) for c in codes}))
-        obs = pd.concat(parts)
-        for name, values in text.items():
-            # A data set without the column turns the concatenated categories into objects.
-            obs[name] = pd.Categorical(obs[name], categories=list(values))
-        ids = [d.id for d in self.datasets]
-        obs[DATASET] = pd.Categorical.from_codes(np.repeat(range(len(ids)), [d.n_obs for d in self.datasets]), ids)
-        obs.index = obs.index.astype(str)
-        if not obs.index.is_unique:
-            obs.index = make_index_unique(pd.Index(obs[DATASET].astype(str) + ":" + obs.index))
-        return obs
 
-    def _all_var(self, genes: tuple[str, ...]) -> pd.DataFrame:
-        frames = [self.var(d.id) for d in self.datasets]
-        for frame in frames:
-            frame.index = pd.Index(normalise(frame.index))
-        var = pd.concat([f.astype({c: object for c in f.columns if f[c].dtype == "category"}) for f in frames])
-        return var[~var.index.duplicated()].reindex(pd.Index(genes))
-
-
-def _refuse_other(path: Path) -> None:
+def _refuse_other(path: Place) -> None:
     """Say what is at a path that is not an atlas."""
+    if exists(path / ATLAS_MARKER):
+        return
     if not path.exists():
         raise UnreadableFileError(f"{path} does not exist; scviaduct convert FILES --out {path} makes an atlas")
     if not path.is_dir():
         raise UnreadableFileError(f"{path} is a file, not an atlas; scviaduct convert {path} --out ATLAS makes one")
-    if not (path / ATLAS_MARKER).exists():
-        raise IncompleteError(
-            f"{path} is not a complete atlas: it has no {ATLAS_MARKER}, which is written last; run scviaduct convert again"
-        )
+    raise IncompleteError(
+        f"{path} is not a complete atlas: it has no {ATLAS_MARKER}, which is written last; run scviaduct convert again"
+    )
 
 
 def _lazy_counts(counts: Counts, columns: NDArray[np.int32], n_genes: int, rows: int) -> da.Array:

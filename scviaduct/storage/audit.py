@@ -13,9 +13,7 @@ from numpy.typing import NDArray
 from scipy.sparse import csr_matrix
 
 from scviaduct.errors import DataError, NotCountsError
-
-LIMIT = 2**24
-"""Counts stay below this: from here on float32 no longer holds every whole number."""
+from scviaduct.storage.check import INDEX, LIMIT, UNSORTED, VALUE, check_block
 
 
 @dataclass(frozen=True)
@@ -81,10 +79,17 @@ def as_counts(values: NDArray[Any]) -> NDArray[np.uint32] | None:
     return counts if counts.max() < LIMIT and np.array_equal(counts, values) else None
 
 
-def check_counts(block: csr_matrix, origin: Origin, first_row: int = 0) -> tuple[csr_matrix, Audit]:
+def check_counts(
+    block: csr_matrix,
+    origin: Origin,
+    first_row: int = 0,
+    lookup: NDArray[np.int32] | None = None,
+    n_vars: int | None = None,
+) -> tuple[csr_matrix, Audit]:
     """Check every value of raw CSR rows of any numeric type, and give them back canonical, with what was seen.
 
-    The block is used up: its arrays become part of the result.
+    The block is used up: its arrays become part of the result. `lookup` gives the gene of each column (-1: none, its
+    values are skipped) and `n_vars` the number of genes; without them each column is a gene.
 
     Canonical means: uint32 counts, sorted gene indices, none twice (such entries are summed), no stored zero.
 
@@ -92,25 +97,45 @@ def check_counts(block: csr_matrix, origin: Origin, first_row: int = 0) -> tuple
         NotCountsError: a value is NaN, infinite, negative, fractional or at least 2**24.
         DataError: a gene index lies outside the matrix.
     """
-    counts = as_counts(block.data)
+    width = block.shape[1] if n_vars is None else n_vars
+    audit = Audit(origin.matrix, str(block.data.dtype), n_obs=block.shape[0], n_vars=width)
+    checked = check_block(block.data, block.indices, block.indptr, block.shape[1], lookup)
+    if checked.status == INDEX:
+        raise _bad_index(block, origin, first_row)
+    if checked.status == UNSORTED:
+        return _tidy(block, origin, first_row, lookup, audit)
+    if checked.status == VALUE:
+        raise _not_counts(_over_genes(block, lookup, width), origin, first_row)
+    rows = csr_matrix((block.shape[0], width), dtype=np.uint32)
+    rows.data, rows.indices, rows.indptr = checked.data, checked.indices, checked.indptr
+    rows.has_canonical_format = True
+    return rows, replace(
+        audit,
+        nnz=len(checked.data),
+        total=checked.total,
+        largest=checked.largest,
+        zero_count_cells=int((np.diff(checked.indptr) == 0).sum()),
+        explicit_zeros=checked.zeros,
+    )
+
+
+def _tidy(
+    block: csr_matrix, origin: Origin, first_row: int, lookup: NDArray[np.int32] | None, audit: Audit
+) -> tuple[csr_matrix, Audit]:
+    """Rows whose indices do not increase: the entries of a gene are summed."""
+    moved = _over_genes(block, lookup, audit.n_vars)
+    counts = as_counts(moved.data)
     if counts is None:
-        raise _not_counts(block, origin, first_row)
-    _check_indices(block, origin, first_row)
-    audit = Audit(origin.matrix, str(block.data.dtype), n_obs=block.shape[0], n_vars=block.shape[1])
-    stored = block.nnz  # the arrays are shared: what follows changes the block as well
-    tidy = csr_matrix((counts, block.indices, block.indptr), shape=block.shape)
-    if not _increasing(tidy):
-        # Duplicates are summed in 64 bits: each addend is below 2**24, their sum need not be below 2**32.
-        tidy.data = tidy.data.astype(np.int64)
-        tidy.sum_duplicates()
-        summed = as_counts(tidy.data)
-        if summed is None:
-            raise _not_counts(tidy, origin, first_row)
-        audit = replace(audit, duplicate_entries=stored - tidy.nnz)
-        tidy.data = summed
-    zeros = tidy.nnz - int(np.count_nonzero(tidy.data))
-    if zeros:
-        tidy.eliminate_zeros()
+        raise _not_counts(moved, origin, first_row)
+    # 64 bits: each addend is below 2**24, their sum need not be below 2**32.
+    tidy = csr_matrix((counts.astype(np.int64), moved.indices, moved.indptr), shape=moved.shape)
+    stored = tidy.nnz
+    tidy.sum_duplicates()
+    summed = as_counts(tidy.data)
+    if summed is None:
+        raise _not_counts(tidy, origin, first_row)
+    distinct, tidy.data = tidy.nnz, summed
+    tidy.eliminate_zeros()
     tidy.has_canonical_format = True
     return tidy, replace(
         audit,
@@ -118,8 +143,18 @@ def check_counts(block: csr_matrix, origin: Origin, first_row: int = 0) -> tuple
         total=int(tidy.data.sum(dtype=np.int64)),
         largest=int(tidy.data.max(initial=0)),
         zero_count_cells=int((np.diff(tidy.indptr) == 0).sum()),
-        explicit_zeros=zeros,
+        explicit_zeros=distinct - tidy.nnz,
+        duplicate_entries=stored - distinct,
     )
+
+
+def _over_genes(block: csr_matrix, lookup: NDArray[np.int32] | None, n_vars: int) -> csr_matrix:
+    """The block with columns moved to their genes; entries of a gene stay apart."""
+    if lookup is None:
+        return block
+    gene = lookup[block.indices]
+    kept = np.concatenate([[0], np.cumsum(gene >= 0)])[block.indptr]
+    return csr_matrix((block.data[gene >= 0], gene[gene >= 0], kept), shape=(block.shape[0], n_vars))
 
 
 def check_indptr(indptr: NDArray[Any], nnz: int, path: Path, matrix: str) -> None:
@@ -140,21 +175,12 @@ def check_indptr(indptr: NDArray[Any], nnz: int, path: Path, matrix: str) -> Non
         )
 
 
-def _increasing(block: csr_matrix) -> bool:
-    rising = np.diff(block.indices) > 0
-    starts = block.indptr[1:-1]
-    rising[starts[(starts > 0) & (starts < block.nnz)] - 1] = True
-    return bool(rising.all())
-
-
-def _check_indices(block: csr_matrix, origin: Origin, first_row: int) -> None:
-    n_vars = block.shape[1]
-    if not block.nnz or (block.indices.min() >= 0 and block.indices.max() < n_vars):
-        return
-    bad = np.flatnonzero((block.indices < 0) | (block.indices >= n_vars))
+def _bad_index(block: csr_matrix, origin: Origin, first_row: int) -> DataError:
+    n_columns = block.shape[1]
+    bad = np.flatnonzero((block.indices < 0) | (block.indices >= n_columns))
     row = int(np.searchsorted(block.indptr, bad[0], side="right")) - 1
-    raise DataError(
-        f"{origin.path}: {origin.matrix} has {len(bad):,} gene indices outside 0-{n_vars - 1:,}, e.g. "
+    return DataError(
+        f"{origin.path}: {origin.matrix} has {len(bad):,} gene indices outside 0-{n_columns - 1:,}, e.g. "
         f"{block.indices[bad[0]]:,} in cell {_name(origin.cells(), first_row + row)}: the file is damaged; "
         "get it again from its source"
     )

@@ -65,18 +65,16 @@ class Column:
 def view_columns(
     vocabulary: Mapping[str, Sequence[str]], frames: Iterable[pd.DataFrame], ids: Sequence[str]
 ) -> tuple[list[Column], list[str]]:
-    """The obs columns a view stores, and those it does not because they name cells (more categories than half of them).
+    """The obs columns a view stores, and those it does not because they name cells (text that has no vocabulary).
 
     `frames` are the data sets' obs, in order. Columns that are numeric wherever they occur are stored as floats.
     """
-    n_obs = 0
     numbers: dict[str, bool] = {}
     for frame in frames:
-        n_obs += len(frame)
         for name in frame.columns:
             numbers[name] = numbers.get(name, True) and _is_numeric(frame[name])
-    identifiers = [name for name, categories in vocabulary.items() if 2 * len(categories) > max(n_obs, 100)]
-    stored = [Column(name, tuple(c)) for name, c in vocabulary.items() if name not in identifiers]
+    identifiers = [name for name, numeric in numbers.items() if not numeric and name not in vocabulary]
+    stored = [Column(name, tuple(c)) for name, c in vocabulary.items()]
     stored += [Column(name) for name, numeric in numbers.items() if numeric and name not in vocabulary]
     renamed = [Column(OBS_DATASET, c.categories) if c.name == DATASET else c for c in stored]
     return [Column(DATASET, tuple(ids)), *renamed], identifiers

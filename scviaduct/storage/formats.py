@@ -1,4 +1,4 @@
-"""Telling what a file is when it is not the h5ad it should be, and what to do about it."""
+"""Telling what a file is: one of the kinds that are read, or else what to do about it."""
 
 from __future__ import annotations
 
@@ -8,9 +8,16 @@ import re
 from pathlib import Path
 
 import h5py
+import zarr
 
 from scviaduct.errors import UnreadableFileError
+from scviaduct.storage.chunks import guarded
+from scviaduct.storage.heaps import check_heaps
+from scviaduct.storage.layouts import AnnDataLayout, Layout, TenxLayout
+from scviaduct.storage.manifest import ATLAS_MARKER
 
+ZARR_MARKERS = ("zarr.json", ".zgroup", ".zattrs")
+"""A directory with one of these files is a Zarr store."""
 _HDF5 = b"\x89HDF\r\n\x1a\n"
 _R_HINT = "in R: zellkonverter::writeH5AD(Seurat::as.SingleCellExperiment(x), '{stem}.h5ad')"
 _MAGIC: tuple[tuple[bytes, str, str], ...] = (
@@ -26,16 +33,38 @@ _MAGIC: tuple[tuple[bytes, str, str], ...] = (
 _READ = "{reader}(PATH).write_h5ad('{stem}.h5ad')"
 
 
-def open_h5ad(path: Path) -> h5py.File:
-    """Open an h5ad for reading.
+def open_layout(path: Path) -> Layout:
+    """Open an h5ad, an AnnData Zarr store or a 10x Genomics h5 for reading.
 
     Raises:
-        UnreadableFileError: the path is missing, a directory, empty, truncated, locked, or another format.
+        UnreadableFileError: the path is missing, empty, truncated, locked, or another format.
     """
     if not path.exists():
         raise UnreadableFileError(f"{path} does not exist{_neighbours(path)}")
-    if path.is_dir():
-        raise UnreadableFileError(f"{path} is {_directory(path)}; one h5ad file is needed")
+    return _open_directory(path) if path.is_dir() else _open_file(path)
+
+
+def _open_directory(path: Path) -> Layout:
+    if not any((path / name).exists() for name in ZARR_MARKERS):
+        raise UnreadableFileError(f"{path} is {_directory(path)}; one file, or one AnnData Zarr store, is needed")
+    root = guarded(path, lambda: zarr.open_group(path, mode="r"))
+    names = guarded(path, lambda: {name for name in ("obs", "var", "mod", "tables", "datasets") if name in root})
+    if {"obs", "var"} <= names and "mod" not in names:
+        return AnnDataLayout(path, root)
+    raise UnreadableFileError(f"{path} is {_other_zarr(path, names)}")
+
+
+def _other_zarr(path: Path, names: set[str]) -> str:
+    if (path / ATLAS_MARKER).exists() or "datasets" in names:
+        return "an atlas already, not a file to convert: its data sets are in datasets/"
+    if "mod" in names:
+        return f"a MuData store, not an AnnData: pass one of its parts, such as {path}/mod/rna"
+    if "tables" in names:
+        return f"a SpatialData store, not an AnnData: pass one of its tables, such as {path}/tables/table"
+    return "a Zarr store without obs and var: write it with anndata's write_zarr"
+
+
+def _open_file(path: Path) -> Layout:
     if path.stat().st_size == 0:
         raise UnreadableFileError(f"{path} is empty (0 bytes): copy or download it again")
     if not h5py.is_hdf5(path):
@@ -46,11 +75,22 @@ def open_h5ad(path: Path) -> h5py.File:
         file = h5py.File(path, "r", rdcc_nbytes=64 * 2**20)
     except OSError as error:
         raise UnreadableFileError(_cannot_open(path, error)) from error
-    wrong = _other_hdf5(file)
-    if wrong:
+    try:
+        return guarded(path, lambda: _layout(path, file))
+    except UnreadableFileError:
         file.close()
-        raise UnreadableFileError(f"{path} is {wrong[0]}, not an h5ad: {wrong[1].format(stem=path.stem)}")
-    return file
+        raise
+
+
+def _layout(path: Path, file: h5py.File) -> Layout:
+    check_heaps(path, file)
+    if "obs" in file and "var" in file and "mod" not in file:
+        return AnnDataLayout(path, file)
+    groups = [node for node in file.values() if isinstance(node, h5py.Group)]
+    if any("barcodes" in g and ("features" in g or "genes" in g) and "indptr" in g for g in groups):
+        return TenxLayout(path, file)
+    what, fix = _other_hdf5(file)
+    raise UnreadableFileError(f"{path} is {what}, not an h5ad: {fix.format(stem=path.stem)}")
 
 
 def _neighbours(path: Path) -> str:
@@ -60,8 +100,8 @@ def _neighbours(path: Path) -> str:
 
 
 def _directory(path: Path) -> str:
-    if any((path / name).exists() for name in ("zarr.json", ".zgroup", ".zattrs")):
-        return f"a Zarr store (anndata.io.read_zarr(PATH).write_h5ad('{path.stem}.h5ad') makes an h5ad of an AnnData)"
+    if any(path.glob("matrix.mtx*")):
+        return f"a 10x matrix directory (scanpy.read_10x_mtx(PATH).write_h5ad('{path.name}.h5ad') makes a file of it)"
     files = sorted(p.name for p in path.glob("*.h5ad"))
     return f"a directory with {len(files)} h5ad files" + (f" ({path}/*.h5ad names them)" if files else "")
 
@@ -108,18 +148,17 @@ def _cannot_open(path: Path, error: OSError) -> str:
     return f"{path} is a damaged HDF5 file ({error}): copy or download it again"
 
 
-def _other_hdf5(file: h5py.File) -> tuple[str, str] | None:
-    """What an HDF5 file without obs, var and a matrix is; None when it is an h5ad."""
+def _other_hdf5(file: h5py.File) -> tuple[str, str]:
+    """What an HDF5 file without obs, var and a matrix is, and what to do."""
     if "mod" in file:
         return "a MuData file (h5mu)", "mudata.read(PATH)['rna'].write_h5ad('{stem}.h5ad')"
-    if "obs" in file and "var" in file:
-        return None
     if "row_attrs" in file and "col_attrs" in file:
         return "a loom file", _READ.replace("{reader}", "anndata.io.read_loom")
-    old_10x = any(isinstance(g, h5py.Group) and "barcodes" in g for g in file.values())
-    if old_10x:
-        return "a 10x Genomics h5 file", _READ.replace("{reader}", "scanpy.read_10x_h5")
     if "meta.data" in file or "assays" in file:
         return "an h5Seurat file", "in R: SeuratDisk::Convert(PATH, dest = 'h5ad')"
+    if "barcode_idx" in file and "umi" in file:
+        return "a 10x Genomics molecule file", "pass filtered_feature_bc_matrix.h5 of the same run"
+    if any(isinstance(node, h5py.Group) and "barcodes" in node for node in file.values()):
+        return "a damaged 10x Genomics h5 file", "it has barcodes but no matrix; copy or download it again"
     names = ", ".join(list(file)[:6]) or "nothing"
     return f"an HDF5 file without obs and var (it holds {names})", "write it with anndata's write_h5ad"

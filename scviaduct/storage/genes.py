@@ -1,10 +1,11 @@
-"""Gene names: what kind they are, when two of them mean the same gene, and where a reference's genes sit in a file."""
+"""Gene names: what kind they are, when two of them mean the same gene, and where they sit in files of other names."""
 
 from __future__ import annotations
 
+import logging
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -15,6 +16,12 @@ from numpy.typing import NDArray
 from scipy.sparse import csr_matrix
 
 from scviaduct.errors import DataError
+
+log = logging.getLogger(__name__)
+
+Join = Literal["union", "intersection"]
+NAMES = "names"
+"""How messages and records call var_names, beside the names of var's columns."""
 
 # "ENSG00000000003.14", "ENSMUSG00000000001.5", "ENSG00000182378.15_PAR_Y". Clone names such as "RP11-34P13.7"
 # look versioned but are not, so only ENS ids are touched.
@@ -89,9 +96,7 @@ def match(reference: Sequence[str], var: pd.DataFrame, *, where: str = "the file
     _refuse_duplicates(wanted, "the reference", "genes")
     known = set(wanted)
     via, names = max(_candidates(var), key=lambda c: len(known.intersection(c[1])))
-    _refuse_duplicates(
-        [n for n in names if n in known], where, "var_names" if via == "names" else f"var column {via!r}"
-    )
+    _refuse_duplicates([n for n in names if n in known], where, _shown(via))
     at = {name: i for i, name in enumerate(names)}
     positions = np.fromiter((at.get(name, -1) for name in wanted), np.int64, len(wanted))
     missing = tuple(name for name, p in zip(reference, positions, strict=True) if p < 0)
@@ -99,9 +104,10 @@ def match(reference: Sequence[str], var: pd.DataFrame, *, where: str = "the file
 
 
 def _candidates(var: pd.DataFrame) -> list[tuple[str, list[str]]]:
-    """Whatever may hold gene names; var_names first, because `max` keeps the first of equals."""
+    """Whatever may hold gene names, "" for none; var_names first, because `max` keeps the first of equals."""
     text = [c for c in var.columns if not pd.api.types.is_numeric_dtype(var[c])]
-    return [("names", normalise(var.index)), *((str(c), normalise(var[c].astype(object))) for c in text)]
+    columns = [(str(c), var[c].astype(object).where(var[c].notna(), "")) for c in text]
+    return [(NAMES, normalise(var.index)), *((name, normalise(values)) for name, values in columns)]
 
 
 def _refuse_duplicates(names: list[str], where: str, what: str) -> None:
@@ -112,6 +118,146 @@ def _refuse_duplicates(names: list[str], where: str, what: str) -> None:
             f"{where}: {len(twice)} gene{'s' if len(twice) > 1 else ''} occur more than once in {what} "
             f"(after removing Ensembl versions): {shown}. Sum or remove the duplicates first."
         )
+
+
+def _shown(via: str) -> str:
+    return "var_names" if via == NAMES else f"var column {via!r}"
+
+
+@dataclass(frozen=True, eq=False)
+class GeneAxis:
+    """The names by which the genes of several data sets are compared."""
+
+    kind: str
+    """"ensembl", "symbol", or "number" (names that are numbers, such as Entrez ids)."""
+    via: dict[str, str]
+    """Where each data set has them: "names" for var_names, else a column of var."""
+    names: dict[str, list[str | None]]
+    """(genes of the data set,) each; None for a gene without such a name, or with one that another gene has too."""
+    ambiguous: dict[str, tuple[str, ...]]
+    """Names that several genes of a data set have, where there are such."""
+
+    def genes(self, join: Join = "union") -> tuple[str, ...]:
+        """Names of any or of all data sets, in order of appearance."""
+        found = dict.fromkeys(name for names in self.names.values() for name in names if name is not None)
+        if join == "union":
+            return tuple(found)
+        everywhere = _in_all(self.names)
+        return tuple(name for name in found if name in everywhere)
+
+    def columns(self, dataset_id: str, genes: Sequence[str]) -> NDArray[np.int32]:
+        """(genes of the data set,) position of each in `genes`, -1 where it is not among them."""
+        at = {name: i for i, name in enumerate(genes)}
+        names = self.names[dataset_id]
+        return np.fromiter((-1 if n is None else at.get(n, -1) for n in names), np.int32, len(names))
+
+
+def gene_axis(frames: Mapping[str, pd.DataFrame]) -> GeneAxis:
+    """The names on which data sets with these var tables, {data set: var}, share their genes.
+
+    Ensembl ids where every data set has them, in var_names or in a text column of var; otherwise symbols. var_names that
+    are all of one kind stay the names, unless Ensembl ids elsewhere have more genes in common. A name that several
+    genes of one data set have means none of them: it is left out there, and told in a warning.
+
+    Raises DataError when there is no kind of names that all data sets have.
+    """
+    candidates = {dataset_id: _candidates(var) for dataset_id, var in frames.items()}
+    chosen = _ensembl(candidates) or _symbols(candidates)
+    given = {dataset_id: options[0] for dataset_id, options in candidates.items()}
+    kinds = {_kind(names) for _, names in given.values()}
+    if len(kinds) == 1 and (chosen is None or ("number" not in kinds and _n_shared(given) >= _n_shared(chosen))):
+        chosen = given
+    if chosen is None:
+        raise DataError(f"The data sets have no kind of gene names in common: {_kinds_shown(candidates)}")
+    ambiguous = {dataset_id: _twice(names) for dataset_id, (_, names) in chosen.items()}
+    for dataset_id, names in ambiguous.items():
+        if names:
+            log.warning(
+                "data set %r: %d gene names occur more than once in %s and are left out there: %s",
+                dataset_id, len(names), _shown(chosen[dataset_id][0]), ", ".join(names[:5]),
+            )  # fmt: skip
+    return GeneAxis(
+        kind=_kind(next(iter(chosen.values()), (NAMES, []))[1]),
+        via={dataset_id: via for dataset_id, (via, _) in chosen.items()},
+        names={dataset_id: _unique(names) for dataset_id, (_, names) in chosen.items()},
+        ambiguous={dataset_id: names for dataset_id, names in ambiguous.items() if names},
+    )
+
+
+_Named = tuple[str, list[str]]
+
+
+def _kind(names: Sequence[str]) -> str:
+    """As `id_type`, of the names that are there; names that are numbers are neither ids nor symbols."""
+    names = [name for name in names if name]
+    return "number" if names and all(name.isdecimal() for name in names) else id_type(names)
+
+
+def _ensembl(candidates: Mapping[str, list[_Named]]) -> dict[str, _Named] | None:
+    """The names or column of each data set with the most Ensembl ids, at least for half of its genes."""
+    chosen = {}
+    for dataset_id, options in candidates.items():
+        best = max(options, key=lambda option: _n_ids(option[1]))
+        if 2 * _n_ids(best[1]) < len(best[1]):
+            return None
+        chosen[dataset_id] = best
+    return chosen
+
+
+def _n_ids(names: list[str]) -> int:
+    return len({name for name in names if name.startswith("ENS") and _ENSEMBL.fullmatch(name)})
+
+
+def _symbols(candidates: Mapping[str, list[_Named]]) -> dict[str, _Named] | None:
+    """The names or column of each data set with the most symbols that other data sets know."""
+    known: Counter[str] = Counter()
+    for options in candidates.values():
+        known.update({name for option in options if _may_be_symbols(option) for name in option[1]})
+    chosen = {}
+    for dataset_id, options in candidates.items():
+        symbols = [option for option in options if _may_be_symbols(option)]
+        scores = [sum(known[name] > 1 for name in set(names)) for _, names in symbols]
+        if not symbols or (symbols[0][0] != NAMES and not max(scores)):  # a column of anything, such as descriptions
+            return None
+        chosen[dataset_id] = symbols[scores.index(max(scores))]
+    return chosen
+
+
+def _may_be_symbols(option: _Named) -> bool:
+    """Not ids, not numbers, and for most genes their own: unlike chromosomes or biotypes."""
+    via, names = option
+    return _kind(names) == "symbol" and (via == NAMES or 2 * len(set(names) - {""}) >= len(names))
+
+
+def _twice(names: list[str]) -> tuple[str, ...]:
+    return tuple(name for name, n in Counter(names).items() if n > 1 and name)
+
+
+def _unique(names: list[str]) -> list[str | None]:
+    counts = Counter(names)
+    return [name if name and counts[name] == 1 else None for name in names]
+
+
+def _in_all(names: Mapping[str, Sequence[str | None]]) -> set[str | None]:
+    return set.intersection(*(set(n) for n in names.values())) if names else set()
+
+
+def _n_shared(chosen: Mapping[str, _Named]) -> int:
+    return len(_in_all({dataset_id: _unique(names) for dataset_id, (_, names) in chosen.items()}) - {None})
+
+
+def _kinds_shown(candidates: Mapping[str, list[_Named]]) -> str:
+    shown = []
+    for dataset_id, options in candidates.items():
+        usable = [o for o in options if o[0] == NAMES or _kind(o[1]) == "ensembl" or _may_be_symbols(o)]
+        has = ", ".join(f"{_kind(names)} in {_shown(via)} ({', '.join(names[:2])})" for via, names in usable)
+        shown.append(f"{dataset_id!r} has {has}")
+    return "; ".join(shown[:5]) + ". Add a column of Ensembl ids or of symbols to the var of those that lack it."
+
+
+def symbol_candidates(var: pd.DataFrame) -> list[list[str]]:
+    """What may be symbols: var_names, and text columns that differ for most genes; ids and numbers aside."""
+    return [option[1] for option in _candidates(var) if _may_be_symbols(option)]
 
 
 def mismatch_hint(reference: Sequence[str], var: pd.DataFrame) -> str:

@@ -1,46 +1,56 @@
-"""h5ad files as sources of counts: opened without loading them, matrix chosen by looking, every value checked.
+"""Files as sources of counts: opened without loading them, matrix chosen by looking, every value checked.
 
-What is not an h5ad is recognised in storage/formats.py and refused with the way to convert it.
+h5ad files, AnnData Zarr stores and 10x Genomics h5 files are read; what is none of them is recognised in
+storage/formats.py and refused with the way to convert it.
 """
 
 from __future__ import annotations
 
-import warnings
+import hashlib
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import anndata as ad
 import h5py
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 from scipy.sparse import csr_matrix
 
-from scviaduct.errors import DataError, NotCountsError, UnreadableFileError, nearest
-from scviaduct.storage.audit import Audit, Origin, as_counts, check_counts
-from scviaduct.storage.formats import open_h5ad
-from scviaduct.storage.genes import normalise
-from scviaduct.storage.matrix import MEMORY, Matrix, guarded
-
-COUNTS_NAMES = ("counts", "raw_counts", "count", "umi", "umis", "umi_counts", "raw")
-"""Layers with these names (in any case), and raw/X, go before other layers that hold whole numbers."""
+from scviaduct.errors import DataError, nearest
+from scviaduct.storage.audit import Audit, Origin, check_counts
+from scviaduct.storage.choice import looks_like_counts, option
+from scviaduct.storage.chunks import guarded, is_array
+from scviaduct.storage.features import choose_features
+from scviaduct.storage.formats import open_layout
+from scviaduct.storage.frames import read_element
+from scviaduct.storage.layouts import TENX, Layout
+from scviaduct.storage.manifest import file_digest
+from scviaduct.storage.matrix import MEMORY, Matrix, find_matrix
 
 
 class CountsFile:
-    """One h5ad and its matrix of raw counts; a context manager that reads only what is asked for.
+    """One file and its matrix of raw counts; a context manager that reads only what is asked for.
 
-    `path`, `id` (the file's stem), `n_obs`, `n_vars`, and `matrix`: which matrix holds the counts.
+    `path`, `id` (the file's stem), `kind`, `n_obs`, `n_vars` (genes), `matrix` (which one holds the counts) and `why`
+    (why this one), `other_features` (features that are no genes, by type), `summed_features` (features that are
+    counted for an earlier one of the same name), `var` (one row a gene; of raw/var for raw/X), and
+    `unwritten_chunks` (chunks of a dense matrix that are not stored and read as zeros).
     """
 
-    def __init__(self, path: Path, file: h5py.File, counts: str | None = None) -> None:
-        self.path, self.id, self._file = path, path.stem, file
-        chosen = _named(path, file, counts) if counts else _choose(path, file)
-        self._matrix = chosen
-        self.matrix, self.n_obs, self.n_vars = chosen.name, chosen.n_obs, chosen.n_vars
-        self._check_shape()
-        _check_genes(path, self.var.index)
+    def __init__(self, path: Path, layout: Layout, counts: str | None = None, *, sum_duplicates: bool = False) -> None:
+        self.path, self.id, self.kind, self._layout = path, path.stem, layout.kind, layout
+        self._matrix, self.why = layout.matrix(counts)
+        self.matrix, self.n_obs = self._matrix.name, self._matrix.n_obs
+        var = layout.var(self._matrix)
+        self._check_shape(len(var))
+        self.unwritten_chunks = self._matrix.check_written()
+        features = choose_features(path, var, layout.feature_type(counts), sum_duplicates=sum_duplicates)
+        self.var, self._lookup = features.var, features.lookup
+        self.n_vars = len(self.var)
+        self.other_features, self.summed_features = features.other, features.summed
 
     def __enter__(self) -> CountsFile:
         return self
@@ -52,22 +62,40 @@ class CountsFile:
 
     def close(self) -> None:
         """Close the file; obs and var that were read stay."""
-        self._file.close()
+        if isinstance(self._layout.root, h5py.File):
+            self._layout.root.close()
 
     @cached_property
     def obs(self) -> pd.DataFrame:
         """obs as in the file, index = the cells' names as strings."""
-        return _frame(self.path, self._file, "obs")
+        return self._layout.obs(self._matrix)
 
-    @cached_property
-    def var(self) -> pd.DataFrame:
-        """var of the counts matrix (raw/var for raw/X), index = the genes' names as strings."""
-        return _frame(self.path, self._file, self.matrix[:-1] + "var" if self.matrix.startswith("raw") else "var")
+    @property
+    def layout(self) -> str:
+        """How the counts are stored: "csr", "csc" or "dense"."""
+        return self._matrix.layout
 
     @property
     def nnz(self) -> int:
         """Stored values of the matrix: all of them when it is dense."""
-        return int(self._matrix.values.size)
+        return int(np.prod(self._matrix.values.shape, dtype=np.int64))
+
+    @cached_property
+    def stored_values(self) -> int:
+        """Values that are not zero, for estimates: of a dense matrix from a sample."""
+        return self._matrix.stored_values()
+
+    @property
+    def n_bytes(self) -> int:
+        """Size of the file, or of all files of a Zarr store."""
+        return sum(p.stat().st_size for p in self._files())
+
+    def digest(self) -> str:
+        """sha256 of the file; of a Zarr store, of the names and digests of its files in order."""
+        if self.path.is_file():
+            return file_digest(self.path)
+        lines = (f"{p.relative_to(self.path).as_posix()} {file_digest(p)}\n" for p in self._files())
+        return hashlib.sha256("".join(lines).encode()).hexdigest()
 
     def chunks(self, rows: int = 4096, memory: int = MEMORY) -> Iterator[tuple[int, csr_matrix]]:
         """(first row, canonical CSR of at most `rows` cells): uint32 counts, sorted unique genes, no stored zeros.
@@ -81,12 +109,15 @@ class CountsFile:
             yield first, block
 
     def audited(
-        self, rows: int = 4096, memory: int = MEMORY, scratch: Path | None = None
+        self, rows: int = 4096, memory: int = MEMORY, scratch: Path | None = None, start: int = 0
     ) -> Iterator[tuple[int, csr_matrix, Audit]]:
-        """`chunks` with what the audit of each block found; `scratch` is where a large CSC matrix is turned round."""
+        """`chunks` from row `start` on, with what the audit of each block found.
+
+        `scratch` is where a large CSC matrix is turned round; that is done again for any `start`.
+        """
         origin = Origin(self.path, self.matrix, lambda: self.obs.index, lambda: self.var.index, self.alternatives)
-        for first, block in self._matrix.blocks(rows, memory, scratch):
-            yield first, *check_counts(block, origin, first)
+        for first, block in self._matrix.blocks(rows, memory, scratch, start):
+            yield first, *check_counts(block, origin, first, self._lookup, self.n_vars)
 
     def audit(self) -> Audit:
         """Look at every value: one pass over the file."""
@@ -97,175 +128,128 @@ class CountsFile:
 
     def alternatives(self) -> tuple[str, ...]:
         """The file's other matrices that look like counts, by the name `counts=` takes."""
-        others = [m for m in _matrices(self.path, self._file) if m.name != self.matrix]
-        return tuple(_option(m.name) for m in others if _looks_like_counts(m))
+        others = [m for m in self._layout.matrices() if m.name != self.matrix]
+        return tuple(option(m.name) for m in others if looks_like_counts(m))
 
-    def _check_shape(self) -> None:
-        if not self.n_obs or not self.n_vars:
+    def layer_names(self) -> tuple[str, ...]:
+        """Layers of numbers over the same genes, without the one that holds the counts; "X" when a layer holds them.
+
+        Empty when the counts are in raw/X, whose genes are others.
+        """
+        if self.kind == TENX or self.matrix.startswith("raw"):
+            return ()
+        others = [m for m in self._layout.matrices() if m.name != self.matrix and not m.name.startswith("raw")]
+        shape = (self._matrix.n_obs, self._matrix.n_vars)
+        return tuple(m.name.removeprefix("layers/") for m in others if (m.n_obs, m.n_vars) == shape)
+
+    def layer_blocks(
+        self, name: str, rows: int = 4096, memory: int = MEMORY, scratch: Path | None = None, start: int = 0
+    ) -> Iterator[tuple[int, csr_matrix]]:
+        """(first row, CSR) of a layer from row `start` on, in its stored type, over the same genes as the counts.
+
+        Values are not checked; stored zeros are dropped, those of features with the same name added up.
+
+        Raises:
+            DataError: there is no such layer, or gene indices lie outside the matrix; UnreadableFileError: damaged.
+        """
+        if name not in self.layer_names():
+            raise DataError(f"{self.path}: there is no layer {name!r}; {nearest(name, self.layer_names())}")
+        at = "X" if name == "X" and self.matrix != "X" else f"layers/{name}"
+        layer = find_matrix(self.path, self._layout.root, at)
+        assert layer is not None
+        layer.check_written()
+        for first, block in layer.blocks(rows, memory, scratch, start):
+            yield first, _over_genes(self.path, at, block, self._lookup, self.n_vars)
+
+    def obsm_names(self) -> tuple[str, ...]:
+        """Names of the arrays, sparse matrices and tables in obsm."""
+        return self._layout.names("obsm")
+
+    def obsm_element(self, name: str) -> Any:
+        """An element of obsm, whole: an array, a CSR matrix, or a DataFrame.
+
+        Raises:
+            DataError: there is none of this name, or it has not one row a cell; UnreadableFileError: it is damaged.
+        """
+        if name not in self.obsm_names():
+            raise DataError(f"{self.path}: obsm has no {name!r}; {nearest(name, self.obsm_names())}")
+        group: Any = guarded(self.path, lambda: self._layout.root["obsm"])
+        if isinstance(group, h5py.Dataset):  # before anndata 0.7
+            found = guarded(self.path, lambda: group[name])
+        else:
+            found = read_element(self.path, guarded(self.path, lambda: group[name]))
+        if getattr(found, "format", "csr") != "csr":
+            found = found.tocsr()
+        return self._one_a_cell(name, found)
+
+    def obsm_rows(self, name: str, first: int, last: int) -> NDArray[Any] | csr_matrix | pd.DataFrame:
+        """Rows first to last of an element of obsm; a dense array or a CSR matrix is read in part, others whole.
+
+        Raises as `obsm_element`.
+        """
+        group: Any = guarded(self.path, lambda: self._layout.root["obsm"])
+        node = None if isinstance(group, h5py.Dataset) else guarded(self.path, lambda: group.get(name))
+        if is_array(node):
+            return guarded(self.path, lambda: np.asarray(self._one_a_cell(name, node)[first:last]))
+        stored = None if node is None else find_matrix(self.path, self._layout.root, f"obsm/{name}")
+        if stored is not None and stored.layout == "csr":
+            stored.check_written()
+            self._one_a_cell(name, stored)
+            return next(block for _, block in stored.blocks(last - first, start=first))
+        found = self.obsm_element(name)
+        return found.iloc[first:last] if isinstance(found, pd.DataFrame) else found[first:last]
+
+    def _one_a_cell(self, name: str, found: Any) -> Any:
+        n = found.n_obs if isinstance(found, Matrix) else found.shape[0]
+        if n != self.n_obs:
+            raise DataError(f"{self.path}: obsm[{name!r}] has {n:,} rows for {self.n_obs:,} cells: damaged")
+        return found
+
+    def _files(self) -> list[Path]:
+        return [self.path] if self.path.is_file() else sorted(p for p in self.path.rglob("*") if p.is_file())
+
+    def _check_shape(self, n_vars: int) -> None:
+        wanted = (self._matrix.n_obs, self._matrix.n_vars)
+        if not all(wanted):
+            raise DataError(f"{self.path}: {self.matrix} has {wanted[0]} cells and {wanted[1]} genes: nothing to use")
+        found = (len(self.obs), n_vars)
+        if found != wanted:
             raise DataError(
-                f"{self.path}: {self.matrix} has {self.n_obs} cells and {self.n_vars} genes: nothing to use"
-            )
-        found = (len(self.obs), len(self.var))
-        if found != (self.n_obs, self.n_vars):
-            raise DataError(
-                f"{self.path}: {self.matrix} is {self.n_obs:,} x {self.n_vars:,}, but obs and var name {found[0]:,} "
+                f"{self.path}: {self.matrix} is {wanted[0]:,} x {wanted[1]:,}, but obs and var name {found[0]:,} "
                 f"cells and {found[1]:,} genes: the file is damaged; write it again from its source"
             )
 
 
-def open_counts(path: str | Path, *, counts: str | None = None) -> CountsFile:
-    """Open an h5ad at its raw counts: `counts` ("X", "raw" or a layer), else X, raw/X or a layer, whichever holds them.
+def open_counts(path: str | Path, *, counts: str | None = None, sum_duplicates: bool = False) -> CountsFile:
+    """Open an h5ad, an AnnData Zarr store or a 10x Genomics h5 at its raw counts.
+
+    `counts` ("X", "raw" or a layer; in a 10x file a genome or a feature type) says which matrix holds them, else X,
+    raw/X or a layer, whichever does. With `sum_duplicates` genes that are named twice are added up: the first keeps
+    its place.
 
     Raises:
-        UnreadableFileError: missing, empty, truncated or locked, or not an h5ad (the message says what it is).
+        UnreadableFileError: missing, empty, truncated or locked, or of another format (the message says which).
         NotCountsError: no matrix looks like counts, or several do and none is the obvious one.
         DataError: no cells, no genes, genes named twice, or no matrix `counts`.
     """
     path = Path(path)
-    file = open_h5ad(path)
+    layout = open_layout(path)
     try:
-        return CountsFile(path, file, counts)
+        return CountsFile(path, layout, counts, sum_duplicates=sum_duplicates)
     except BaseException:
-        file.close()
+        if isinstance(layout.root, h5py.File):
+            layout.root.close()
         raise
 
 
-def _matrices(path: Path, file: h5py.File) -> list[Matrix]:
-    names = ["X", "raw/X", "raw.X", *(f"layers/{name}" for name in file.get("layers", ()))]
-    found = [_matrix(path, file, name) for name in names if name in file]
-    return [m for m in found if m is not None]
-
-
-def _matrix(path: Path, file: h5py.File, name: str) -> Matrix | None:
-    """None when the values are not numbers or the layout is unknown."""
-    node = file[name]
-    if isinstance(node, h5py.Dataset):
-        numeric = node.dtype.kind in "biuf" and node.ndim == 2
-        return Matrix(file, path, name, "dense", *node.shape) if numeric else None
-    layout = {"csr_matrix": "csr", "csc_matrix": "csc", "csr": "csr", "csc": "csc"}.get(
-        str(_attribute(node, "encoding-type", "h5sparse_format"))
-    )
-    shape = _attribute(node, "shape", "h5sparse_shape")
-    parts = all(isinstance(node.get(part), h5py.Dataset) for part in ("data", "indices", "indptr"))
-    if layout is None or shape is None or not parts or node["data"].dtype.kind not in "biuf":
-        return None
-    return Matrix(file, path, name, layout, int(shape[0]), int(shape[1]))
-
-
-def _attribute(node: h5py.Group, *names: str) -> Any:
-    value = next((node.attrs[name] for name in names if name in node.attrs), None)
-    return value.decode() if isinstance(value, bytes) else value
-
-
-def _named(path: Path, file: h5py.File, counts: str) -> Matrix:
-    matrices = {m.name: m for m in _matrices(path, file)}
-    wanted = {"X": ("X",), "raw": ("raw/X", "raw.X")}.get(counts, (f"layers/{counts}", counts))
-    found = next((matrices[name] for name in wanted if name in matrices), None)
-    if found is None:
-        options = [_option(name) for name in matrices]
-        raise DataError(f"{path}: there is no matrix {counts!r} of numbers; {nearest(counts, options)}")
-    return found
-
-
-def _option(name: str) -> str:
-    if name in ("raw/X", "raw.X"):
-        return "raw"
-    layer = name.removeprefix("layers/")
-    return name if layer in ("X", "raw") else layer
-
-
-def _looks_like_counts(matrix: Matrix) -> bool:
-    sample = matrix.sample()
-    return bool(sample.any()) and as_counts(sample) is not None
-
-
-def _choose(path: Path, file: h5py.File) -> Matrix:
-    """X if it holds whole numbers, else the one other matrix that does."""
-    matrices = _matrices(path, file)
-    x = next((m for m in matrices if m.name == "X"), None)
-    if x is not None and _looks_like_counts(x):
-        return x
-    found = [m for m in matrices if m is not x and _looks_like_counts(m)]
-    obvious = [m for m in found if _option(m.name).removeprefix("layers/").lower() in COUNTS_NAMES]
-    best = obvious or found
-    if len(best) == 1:
-        return best[0]
-    if best:
-        options = [_option(m.name) for m in best]
-        why = _why_not(x) if x is not None else "the file has no X"
-        raise NotCountsError(
-            f"{path}: {why}, and {len(best)} matrices look like raw counts: {', '.join(m.name for m in best)}. "
-            f"Say which one with {' or '.join(f'--counts {name}' for name in options)}"
-        )
-    if x is not None and as_counts(x.sample()) is not None:
-        return x  # only zeros were seen; nothing better is there
-    names = ", ".join(m.name for m in matrices) or "none"
-    why = "".join(f" {_why_not(m)};" for m in matrices).rstrip(";")
-    raise NotCountsError(
-        f"{path}: no matrix holds raw counts (looked at: {names}).{why}. "
-        "Normalised, log-transformed or scaled values cannot be used: get the raw counts from the data's source"
-    )
-
-
-def _why_not(matrix: Matrix) -> str:
-    values = matrix.sample()
-    with np.errstate(invalid="ignore"):
-        bad = values[~((values >= 0) & (values == np.floor(values)) & np.isfinite(values))]
-    if not len(bad):
-        return f"{matrix.name} holds no counts"
-    return f"{matrix.name} holds {bad[0]!s} ({len(bad):,} of {len(values):,} values looked at are not counts)"
-
-
-def _check_genes(path: Path, names: pd.Index) -> None:
-    plain = pd.Index(normalise(names))
-    if plain.is_unique:
-        return
-    twice = plain[plain.duplicated()].unique()
-    shown = "; ".join(" and ".join(map(repr, names[plain == name][:3])) for name in twice[:3])
-    raise DataError(
-        f"{path}: {len(twice):,} genes occur more than once in var_names (Ensembl versions aside), e.g. {shown}. "
-        "Use unique ids as var_names (often another column of var has them), or sum the duplicates first"
-    )
-
-
-def _frame(path: Path, file: h5py.File, name: str) -> pd.DataFrame:
-    def read() -> pd.DataFrame:
-        node = file[name]
-        if isinstance(node, h5py.Dataset):
-            return _compound_frame(node, file.get("uns"))
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ad.OldFormatWarning)
-            return ad.io.read_elem(node)
-
-    try:
-        frame = guarded(path, read)
-    except UnreadableFileError:
-        raise
-    except Exception as error:  # anndata's errors of unknown encodings are not public
-        raise UnreadableFileError(
-            f"{path}: {name} cannot be read ({error}); open the file with anndata and write it again"
-        ) from error
-    if frame.index.dtype != object:
-        frame.index = frame.index.astype(str).astype(object)
-    return frame
-
-
-def _compound_frame(table: h5py.Dataset, uns: h5py.Group | None) -> pd.DataFrame:
-    """obs or var of files written before anndata 0.7: one structured array, categories in uns/<column>_categories."""
-    rows = table[()]
-    names = list(rows.dtype.names)
-    index = next((n for n in ("index", "_index") if n in names), names[0])
-    columns = {n: _text(rows[n]) for n in names if n != index}
-    for name in columns:
-        key = f"{name}_categories"
-        if uns is not None and key in uns and isinstance(uns[key], h5py.Dataset):
-            columns[name] = pd.Categorical.from_codes(columns[name], _text(np.atleast_1d(uns[key][()])))
-    return pd.DataFrame(columns, index=_text(rows[index]))
-
-
-def _text(values: np.ndarray) -> Any:
-    if values.dtype.kind == "S":
-        return np.char.decode(values, "utf-8").astype(object)
-    if values.dtype.kind == "O":
-        return np.array([v.decode() if isinstance(v, bytes) else v for v in values], dtype=object)
-    return values
+def _over_genes(path: Path, name: str, block: csr_matrix, lookup: NDArray[np.int32] | None, n_vars: int) -> csr_matrix:
+    """A layer's block with features moved to their genes."""
+    if block.nnz and not (block.indices.min() >= 0 and block.indices.max() < block.shape[1]):
+        raise DataError(f"{path}: {name} has gene indices outside 0-{block.shape[1] - 1:,}: the file is damaged")
+    if lookup is not None:
+        gene = lookup[block.indices]
+        kept = np.concatenate([[0], np.cumsum(gene >= 0)])[block.indptr]
+        block = csr_matrix((block.data[gene >= 0], gene[gene >= 0], kept), shape=(block.shape[0], n_vars))
+    block.sum_duplicates()
+    block.eliminate_zeros()
+    return block

@@ -6,11 +6,12 @@ import hashlib
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from scviaduct.errors import IncompleteError
+from scviaduct.storage.places import Place, file_sizes
 
-FORMAT = 1
+FORMAT = 2
 """Version of the layout of an atlas on disk."""
 ATLAS_MARKER = "atlas.json"
 """Written last into an atlas: without it the directory is not an atlas."""
@@ -22,10 +23,20 @@ VIEW_MARKER = "view.json"
 
 def write_json_atomic(path: Path, record: object) -> None:
     """Write JSON so that readers, and a machine that loses power, see the whole file or none."""
+    write_atomic(path, json_bytes(record))
+
+
+def json_bytes(record: object) -> bytes:
+    """A record as its file holds it."""
+    return json.dumps(record, indent=1, ensure_ascii=False).encode()
+
+
+def write_atomic(path: Path, content: bytes | memoryview) -> None:
+    """Write a file so that readers, and a machine that loses power, see the whole file or none."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with temporary.open("w", encoding="utf-8") as file:
-            json.dump(record, file, indent=1, ensure_ascii=False)
+        with temporary.open("wb") as file:
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
@@ -34,8 +45,20 @@ def write_json_atomic(path: Path, record: object) -> None:
     sync_directory(path.parent)
 
 
+def remove_temporaries(path: Path) -> None:
+    """Remove what `write_atomic` and Zarr leave under a directory when they are killed."""
+    for pattern in (".*.tmp", "*.partial"):
+        for file in [p for p in path.rglob(pattern) if p.is_file()]:
+            file.unlink()
+
+
 def sync_directory(path: Path) -> None:
     """Make a rename or a new name in this directory survive a power cut."""
+    sync_file(path)
+
+
+def sync_file(path: Path) -> None:
+    """Flush a file to disk; of a directory, its names."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -46,16 +69,11 @@ def sync_directory(path: Path) -> None:
 def sync_tree(path: Path) -> None:
     """Flush every file and directory under `path` to disk."""
     for directory, _, names in os.walk(path):
-        for name in names:
-            descriptor = os.open(Path(directory, name), os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
-        sync_directory(Path(directory))
+        for name in [*names, ""]:
+            sync_file(Path(directory, name))
 
 
-def read_json(path: Path) -> Any:
+def read_json(path: Place) -> Any:
     """What a JSON file holds; IncompleteError when it is missing or is not JSON."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
@@ -65,16 +83,16 @@ def read_json(path: Path) -> Any:
         raise IncompleteError(f"{path} is damaged: {error}") from error
 
 
-def file_digest(path: Path) -> str:
+def file_digest(path: Place) -> str:
     """sha256 of a file's bytes, as hexadecimal."""
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        return hashlib.file_digest(cast(Any, file), "sha256").hexdigest()
 
 
-def tree_digest(directory: Path, *, exclude: tuple[str, ...] = ()) -> dict[str, dict[str, Any]]:
+def tree_digest(directory: Place, *, exclude: tuple[str, ...] = ()) -> dict[str, dict[str, Any]]:
     """Size and sha256 of every file under a directory, by path relative to it; `exclude` are such paths."""
     paths = sorted(p for p in directory.rglob("*") if p.is_file())
-    names = {p.relative_to(directory).as_posix(): p for p in paths}
+    names = {p.relative_to(cast(Any, directory)).as_posix(): p for p in paths}
     return {
         name: {"bytes": path.stat().st_size, "sha256": file_digest(path)}
         for name, path in names.items()
@@ -82,11 +100,13 @@ def tree_digest(directory: Path, *, exclude: tuple[str, ...] = ()) -> dict[str, 
     }
 
 
-def check_files(directory: Path, files: dict[str, dict[str, Any]]) -> None:
+def check_files(directory: Place, files: dict[str, dict[str, Any]]) -> None:
     """Every file of a manifest is there with its size, else IncompleteError: a missing chunk would read as zeros."""
+    sizes = file_sizes(directory, files)
     for name, facts in files.items():
-        path = directory / name
-        size = path.stat().st_size if path.is_file() else None
+        size = sizes.get(name)
         if size != facts["bytes"]:
             found = "is missing" if size is None else f"has {size:,} bytes"
-            raise IncompleteError(f"{path} {found}, its manifest says {facts['bytes']:,} bytes; convert the file again")
+            raise IncompleteError(
+                f"{directory / name} {found}, its manifest says {facts['bytes']:,} bytes; convert the file again"
+            )

@@ -1,79 +1,97 @@
-"""Rows of an HDF5 matrix as CSR, in bounded memory, whatever it is stored as: CSR, CSC or dense.
+"""Rows of a stored matrix as CSR, in bounded memory, whatever it is stored as: CSR, CSC or dense, HDF5 or Zarr.
 
-Reads go forward and whole HDF5 chunks at a time, so that each chunk is decompressed once.
+Reads go forward and whole chunks at a time, so that each chunk is decompressed once.
 """
 
 from __future__ import annotations
 
-import os
 import tempfile
-import zlib
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-import h5py
 import numpy as np
 from numpy.typing import NDArray
 from scipy.sparse import csc_matrix, csr_matrix
 
 from scviaduct.errors import DataError, UnreadableFileError
 from scviaduct.storage.audit import check_indptr
+from scviaduct.storage.chunks import Array, Forward, Group, chunk_shape, guarded, is_array, native, unwritten
 
 MEMORY = 256 * 2**20
 """Bytes a slab of a dense matrix, or a bucket of a CSC matrix, may take."""
 SLAB = 2**20
 """Values read at once where the reader may choose."""
-WORKERS = os.cpu_count() or 1
-"""Threads that inflate gzip."""
-_POOL = ThreadPoolExecutor(WORKERS, thread_name_prefix="inflate")
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Matrix:
-    """A matrix of an h5ad: its place, layout and shape; no values are held."""
+    """A matrix of a file: its place, layout and shape; no values are held."""
 
-    file: h5py.File
+    file: Group
     path: Path
     name: str
-    """"X", "raw/X" or "layers/<name>"."""
+    """"X", "raw/X" or "layers/<name>"; in a 10x file the name of its group."""
     layout: str
     """"csr", "csc" or "dense"."""
     n_obs: int
     n_vars: int
 
     @property
-    def values(self) -> h5py.Dataset:
+    def node(self) -> Any:
+        """The dataset of a dense matrix, or the group of a sparse one."""
+        return guarded(self.path, lambda: self.file[self.name])
+
+    @property
+    def values(self) -> Array:
         """The dataset that holds the values."""
-        node = self.file[self.name]
-        return node if self.layout == "dense" else node["data"]
+        return self.node if self.layout == "dense" else guarded(self.path, lambda: self.node["data"])
 
     def indptr(self) -> NDArray[np.int64]:
         """Row (CSR) or column (CSC) pointers, checked."""
-        node = self.file[self.name]
-        indptr = np.asarray(guarded(self.path, lambda: node["indptr"][:]), np.int64)
+        node = self.node
+        found, stored = node["indptr"].shape, node["data"].shape
         wanted = (self.n_obs if self.layout == "csr" else self.n_vars) + 1
-        if len(indptr) != wanted or node["indices"].shape != node["data"].shape:
+        if found != (wanted,) or node["indices"].shape != stored:
             raise DataError(
-                f"{self.path}: {self.name} has {len(indptr):,} row or column pointers where {wanted:,} are needed, "
-                f"{node['indices'].shape[0]:,} indices and {node['data'].shape[0]:,} values: the file is damaged"
+                f"{self.path}: {self.name} has {found[0]:,} row or column pointers where {wanted:,} are needed, "
+                f"{node['indices'].shape[0]:,} indices and {stored[0]:,} values: the file is damaged"
             )
-        check_indptr(indptr, node["data"].shape[0], self.path, self.name)
+        indptr = guarded(self.path, lambda: np.asarray(node["indptr"][:], np.int64))
+        check_indptr(indptr, stored[0], self.path, self.name)
         return indptr
 
-    def blocks(self, rows: int, memory: int = MEMORY, scratch: Path | None = None) -> Iterator[tuple[int, csr_matrix]]:
-        """(first row, raw CSR of at most `rows` rows) in order, values and indices as they are stored.
+    def check_written(self) -> int:
+        """UnreadableFileError when chunks of a sparse matrix are not stored; their number for a dense one.
+
+        They read as zeros. Those of a dense matrix may be zeros indeed: Zarr does not store chunks of nothing else.
+        """
+        if self.layout == "dense":
+            return guarded(self.path, lambda: unwritten(self.values))
+        node, nnz = self.node, self.values.shape[0]
+        for part in ("data", "indices", "indptr") if nnz else ():
+            missing = guarded(self.path, lambda part=part: unwritten(node[part]))  # type: ignore[misc]
+            # A chunk of indices is all zeros, and left out with reason, where cells have the first gene only.
+            if missing and not (part == "indices" and nnz <= self.n_obs):
+                raise UnreadableFileError(
+                    f"{self.path}: {missing:,} chunks of {self.name}/{part} are not there and would read as zeros: "
+                    "the file was not written or copied to its end; get it again from its source"
+                )
+        return 0
+
+    def blocks(
+        self, rows: int, memory: int = MEMORY, scratch: Path | None = None, start: int = 0
+    ) -> Iterator[tuple[int, csr_matrix]]:
+        """(first row, raw CSR of at most `rows` rows) in order from row `start`, values and indices as they are stored.
 
         A CSC matrix goes through row buckets in temporary files in `scratch` (about 16 bytes a value; default: the
-        system's temporary directory), unless it is smaller than `memory` bytes; a dense one is read in slabs of at most `memory` bytes where its chunks allow.
+        system's temporary directory), unless it is smaller than `memory` bytes; a dense one is read in slabs of at
+        most `memory` bytes where its chunks allow.
         """
         if self.layout == "csc":
-            return _csc_blocks(self, rows, memory, scratch)
-        return _csr_blocks(self, rows) if self.layout == "csr" else _dense_blocks(self, rows, memory)
+            return _csc_blocks(self, rows, memory, scratch, start)
+        return _csr_blocks(self, rows, start) if self.layout == "csr" else _dense_blocks(self, rows, memory, start)
 
     def sample(self, size: int = 20_000) -> NDArray[Any]:
         """Some stored values of the beginning, the middle and the end."""
@@ -81,52 +99,80 @@ class Matrix:
         step = max(1, size // (3 * max(1, values.shape[1]))) if values.ndim == 2 else max(1, size // 3)
         starts = sorted({0, values.shape[0] // 2, max(0, values.shape[0] - step)})
         parts = guarded(self.path, lambda: [np.ravel(values[s : s + step]) for s in starts])
-        return np.concatenate(parts)
+        return native(np.concatenate(parts))
+
+    def stored_values(self) -> int:
+        """Values that are not zero: for a sparse matrix those it stores, for a dense one from the share in `sample`."""
+        size = int(np.prod(self.values.shape, dtype=np.int64))
+        if self.layout != "dense" or not size:
+            return size
+        sample = self.sample()
+        return int(np.count_nonzero(sample) / len(sample) * size)
 
 
-def guarded(path: Path, read: Callable[[], T]) -> T:
-    """The result of `read`; UnreadableFileError when HDF5 or a decompressor cannot give the data."""
-    try:
-        return read()
-    except (OSError, RuntimeError, zlib.error) as error:
-        if isinstance(error, UnreadableFileError):
-            raise
-        raise UnreadableFileError(
-            f"{path}: a part of the file cannot be read ({error}): it is damaged; get it again from its source"
-        ) from error
+def find_matrix(path: Path, file: Group, name: str) -> Matrix | None:
+    """The matrix `name` of an AnnData file; None when its values are not numbers or its layout is unknown."""
+    return guarded(path, lambda: _find(path, file, name))
 
 
-def _csr_blocks(matrix: Matrix, rows: int) -> Iterator[tuple[int, csr_matrix]]:
-    indptr, node = matrix.indptr(), matrix.file[matrix.name]
+def _find(path: Path, file: Group, name: str) -> Matrix | None:
+    node: Any = file[name]
+    if is_array(node):
+        numeric = node.dtype.kind in "biuf" and node.ndim == 2
+        return Matrix(file, path, name, "dense", *map(int, node.shape)) if numeric else None
+    layout = {"csr_matrix": "csr", "csc_matrix": "csc", "csr": "csr", "csc": "csc"}.get(
+        str(_attribute(node, "encoding-type", "h5sparse_format"))
+    )
+    shape = _attribute(node, "shape", "h5sparse_shape")
+    parts = [node.get(part) for part in ("data", "indices", "indptr")]
+    flat = all(is_array(p) and p.ndim == 1 and p.dtype.kind in "biuf" for p in parts)
+    if layout is None or shape is None or not flat or any(p.dtype.kind not in "iu" for p in parts[1:]):
+        return None
+    return Matrix(file, path, name, layout, int(shape[0]), int(shape[1]))
+
+
+def _attribute(node: Group, *names: str) -> Any:
+    value = next((node.attrs[name] for name in names if name in node.attrs), None)
+    return value.decode() if isinstance(value, bytes) else value
+
+
+def _csr_blocks(matrix: Matrix, rows: int, start: int) -> Iterator[tuple[int, csr_matrix]]:
+    indptr, node = matrix.indptr(), matrix.node
     data, indices = Forward(node["data"], matrix.path), Forward(node["indices"], matrix.path)
-    for first in range(0, matrix.n_obs, rows):
+    for first in range(start, matrix.n_obs, rows):
         last = min(first + rows, matrix.n_obs)
         lo, hi = int(indptr[first]), int(indptr[last])
         parts = data.read(lo, hi), indices.read(lo, hi), indptr[first : last + 1] - lo
         yield first, csr_matrix(parts, shape=(last - first, matrix.n_vars))
 
 
-def _dense_blocks(matrix: Matrix, rows: int, memory: int) -> Iterator[tuple[int, csr_matrix]]:
+def _dense_blocks(matrix: Matrix, rows: int, memory: int, start: int) -> Iterator[tuple[int, csr_matrix]]:
     values = matrix.values
-    aligned = values.chunks[0] if values.chunks else 1
+    aligned = (chunk_shape(values) or (1,))[0]
     per_row = max(1, matrix.n_vars * values.dtype.itemsize)
     fits = max(1, memory // per_row)
     slab = max(aligned, fits // aligned * aligned) if aligned * per_row <= 4 * memory else fits
     slab = min(slab, -(-max(rows, aligned) // aligned) * aligned)
-    for start in range(0, matrix.n_obs, slab):
-        dense = guarded(matrix.path, lambda start=start: values[start : start + slab])  # type: ignore[misc]
+    for begin in range(start // aligned * aligned, matrix.n_obs, slab):
+        lo, hi = max(begin, start), min(begin + slab, matrix.n_obs)
+        if lo >= hi:
+            continue
+        dense = guarded(matrix.path, lambda lo=lo, hi=hi: np.asarray(values[lo:hi]))  # type: ignore[misc]
         for first in range(0, len(dense), rows):
-            yield start + first, csr_matrix(_native(dense[first : first + rows]))
+            yield lo + first, csr_matrix(native(dense[first : first + rows]))
 
 
-def _csc_blocks(matrix: Matrix, rows: int, memory: int, scratch: Path | None) -> Iterator[tuple[int, csr_matrix]]:
-    node = matrix.file[matrix.name]
+def _csc_blocks(
+    matrix: Matrix, rows: int, memory: int, scratch: Path | None, start: int
+) -> Iterator[tuple[int, csr_matrix]]:
+    node = matrix.node
     nnz, itemsize = node["data"].shape[0], node["data"].dtype.itemsize
     if nnz * (itemsize + 8) * 2 <= memory:
+        indptr = matrix.indptr()
         data, indices = guarded(matrix.path, lambda: (node["data"][:], node["indices"][:]))
         _check_rows(matrix, indices)
-        whole = csc_matrix((_native(data), indices, matrix.indptr()), shape=(matrix.n_obs, matrix.n_vars)).tocsr()
-        for first in range(0, matrix.n_obs, rows):
+        whole = csc_matrix((native(data), indices, indptr), shape=(matrix.n_obs, matrix.n_vars)).tocsr()
+        for first in range(start, matrix.n_obs, rows):
             yield first, whole[first : first + rows]
         return
     # Twice the records: sorting a bucket needs a copy of it. Buckets hold a whole number of blocks.
@@ -134,13 +180,15 @@ def _csc_blocks(matrix: Matrix, rows: int, memory: int, scratch: Path | None) ->
     span = -(-max(1, -(-matrix.n_obs // buckets)) // rows) * rows
     with tempfile.TemporaryDirectory(prefix="scviaduct-csc-", dir=scratch) as directory:
         files = _fill_buckets(matrix, Path(directory), span)
-        for first in range(0, matrix.n_obs, span):
-            yield from _bucket_blocks(matrix, files.get(first // span), first, min(span, matrix.n_obs - first), rows)
+        for first in range(start // span * span, matrix.n_obs, span):
+            whole = _bucket(matrix, files.get(first // span), first, min(span, matrix.n_obs - first))
+            for row in range(max(start, first), first + whole.shape[0], rows):
+                yield row, whole[row - first : row - first + rows]
 
 
 def _fill_buckets(matrix: Matrix, directory: Path, span: int) -> dict[int, Path]:
     """One pass over the columns: (row, column, value) records to one file per `span` rows."""
-    node, indptr = matrix.file[matrix.name], matrix.indptr()
+    node, indptr = matrix.node, matrix.indptr()
     data, indices = Forward(node["data"], matrix.path), Forward(node["indices"], matrix.path)
     record, columns = _record(data.dtype), np.arange(matrix.n_vars, dtype=np.int32)
     files: dict[int, Path] = {}
@@ -162,16 +210,12 @@ def _fill_buckets(matrix: Matrix, directory: Path, span: int) -> dict[int, Path]
     return files
 
 
-def _bucket_blocks(
-    matrix: Matrix, path: Path | None, start: int, n_rows: int, rows: int
-) -> Iterator[tuple[int, csr_matrix]]:
+def _bucket(matrix: Matrix, path: Path | None, start: int, n_rows: int) -> csr_matrix:
     record = _record(Forward(matrix.values, matrix.path).dtype)
     entries = np.fromfile(path, record) if path else np.empty(0, record)
     columns = np.concatenate([[0], np.cumsum(np.bincount(entries["column"], minlength=matrix.n_vars))])
     parts = np.ascontiguousarray(entries["value"]), entries["row"] - start, columns  # still in the order of columns
-    whole = csc_matrix(parts, shape=(n_rows, matrix.n_vars)).tocsr()
-    for first in range(0, n_rows, rows):
-        yield start + first, whole[first : first + rows]
+    return csc_matrix(parts, shape=(n_rows, matrix.n_vars)).tocsr()
 
 
 def _record(value: np.dtype) -> np.dtype:
@@ -185,71 +229,3 @@ def _check_rows(matrix: Matrix, rows: NDArray[Any]) -> None:
             f"{matrix.path}: {matrix.name} has cell indices outside 0-{matrix.n_obs - 1:,}, "
             f"e.g. {rows[bad.argmax()]:,}: the file is damaged; get it again from its source"
         )
-
-
-def _native(values: NDArray[Any]) -> NDArray[Any]:
-    """Types that scipy.sparse cannot hold as ones that hold the same values."""
-    if values.dtype == np.float16:
-        return values.astype(np.float32)
-    return values.astype(values.dtype.newbyteorder("="), copy=False)
-
-
-class Forward:
-    """A 1-D HDF5 dataset read from front to back: what is left of a chunk is kept for the next read."""
-
-    def __init__(self, dataset: h5py.Dataset, path: Path) -> None:
-        self._dataset, self._path = dataset, path
-        self._chunk = dataset.chunks[0] if dataset.chunks else 1
-        self._inflate = _inflater(dataset)
-        self._tail = np.empty(0, dataset.dtype)
-        self._start = self._end = 0
-        self.dtype = _native(self._tail).dtype
-
-    def read(self, lo: int, hi: int) -> NDArray[Any]:
-        """Values lo to hi; lo must not lie before the previous read's."""
-        if hi > self._end:
-            end = min(-(-hi // self._chunk) * self._chunk, len(self._dataset))
-            fresh = guarded(self._path, lambda: self._load(self._end, end))
-            keep = self._tail[lo - self._start :] if lo < self._end else self._tail[:0]
-            start = max(lo, self._start) if len(keep) else self._end
-            self._tail, self._start, self._end = np.concatenate([keep, fresh]), start, end
-        return _native(self._tail[lo - self._start : hi - self._start])
-
-    def _load(self, lo: int, hi: int) -> NDArray[Any]:
-        """Whole chunks; gzip is inflated in threads, because HDF5 itself only ever uses one."""
-        if self._inflate is None:
-            return self._dataset[lo:hi]
-        inflate, starts = self._inflate, range(lo, hi, self._chunk)
-        out = np.empty(len(starts) * self._chunk, self._dataset.dtype)
-        share = max(1, -(-len(starts) // WORKERS))
-
-        def fill(part: range) -> None:
-            for start in part:
-                inflate(start, out[start - lo : start - lo + self._chunk])
-
-        list(_POOL.map(fill, [starts[i : i + share] for i in range(0, len(starts), share)]))
-        return out[: hi - lo]
-
-
-def _inflater(dataset: h5py.Dataset) -> Callable[[int, NDArray[Any]], None] | None:
-    """A function that decodes the chunk at an offset into an array, for gzip with or without shuffle; else None."""
-    if dataset.chunks is None:
-        return None
-    plan = dataset.id.get_create_plist()
-    filters = [plan.get_filter(i)[0] for i in range(plan.get_nfilters())]
-    if filters not in ([h5py.h5z.FILTER_DEFLATE], [h5py.h5z.FILTER_SHUFFLE, h5py.h5z.FILTER_DEFLATE]):
-        return None
-    shuffled, itemsize = len(filters) == 2, dataset.dtype.itemsize
-
-    def inflate(start: int, out: NDArray[Any]) -> None:
-        mask, raw = dataset.id.read_direct_chunk((start,))
-        if mask:  # a filter was left out for this chunk
-            values = dataset[start : start + len(out)]
-            out[: len(values)] = values
-            return
-        plain = np.frombuffer(zlib.decompress(raw, bufsize=out.nbytes), np.uint8)
-        if shuffled and itemsize > 1:
-            plain = np.ascontiguousarray(plain.reshape(itemsize, -1).T).reshape(-1)
-        out[:] = plain.view(out.dtype)
-
-    return inflate

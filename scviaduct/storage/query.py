@@ -16,7 +16,6 @@ from scviaduct.schema import MISSING, Batch, Covariate, Schema
 from scviaduct.storage.columns import DATASET, OBS_DATASET, as_text
 from scviaduct.storage.genes import GeneMatch, match, mismatch_hint, select
 from scviaduct.storage.h5ad import CountsFile, open_counts
-from scviaduct.storage.manifest import file_digest
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,18 +44,20 @@ def read_query(
     one_batch: bool = False,
     reuse_batches: bool = False,
     counts: str | None = None,
+    sum_duplicates: bool = False,
     floor: float = 0.2,
 ) -> Query:
-    """Read an h5ad as a query for a model with `schema`; only the reference's genes are kept in memory.
+    """Read a file (an h5ad, an AnnData Zarr store or a 10x Genomics h5) as a query for a model with `schema`; only the reference's genes are kept in memory.
 
     `batch_key` is the file's batch column (default: the reference's name for it); with `one_batch` the file is one
     batch, named by its stem. A query's batches are new ones even when a reference batch has the same name
-    ("<query>:<name>" then), unless `reuse_batches`. `counts` says which matrix holds them, as in `open_counts`.
+    ("<query>:<name>" then), unless `reuse_batches`. `counts` says which matrix holds them, and `sum_duplicates` adds up
+    genes that are named twice, as in `open_counts`.
 
     Raises DataError when fewer than `floor` of the reference's genes are found or cells lack a covariate,
     MissingColumnError for a missing covariate column, NotCountsError and UnreadableFileError as `open_counts` does.
     """
-    with open_counts(source, counts=counts) as file:
+    with open_counts(source, counts=counts, sum_duplicates=sum_duplicates) as file:
         found = _match_genes(file, schema.genes, floor)
         one_batch = one_batch or (batch_key or schema.batch.key) == DATASET
         names = _batch_names(file, schema, batch_key, one_batch=one_batch)
@@ -77,7 +78,7 @@ def read_query(
             kept=kept,
             obs=file.obs,
             n_obs=file.n_obs,
-            sha256=file_digest(file.path),
+            sha256=file.digest(),
         )
 
 

@@ -1,4 +1,7 @@
-"""What mapping found, written into a copy of the user's h5ad: everything that was in the file stays as it was."""
+"""What mapping found, in a copy of the user's h5ad: everything that was in the file stays as it was.
+
+For a file of another kind (AnnData Zarr, 10x Genomics h5) the result is an h5ad with obs and the results alone.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
 
+import anndata as ad
 import h5py
 import numpy as np
 import pandas as pd
@@ -15,6 +19,8 @@ from anndata.io import read_elem, write_elem
 from numpy.typing import NDArray
 
 from scviaduct.errors import DataError, IncompleteError, OutputExistsError, UnreadableFileError
+from scviaduct.storage.formats import open_layout
+from scviaduct.storage.layouts import H5AD, Layout
 from scviaduct.storage.manifest import sync_directory
 
 Values: TypeAlias = NDArray[Any] | pd.Categorical
@@ -29,17 +35,18 @@ def write_result(
     """Write `out`: a copy of the h5ad `source` with `obsm` (cells, …) and `obs` (cells,) added. Returns its path.
 
     The copy is made byte for byte under a temporary name, added to, read back, and renamed; X, layers, raw, var and the
-    existing columns are never touched. Columns that an earlier result added are replaced.
+    existing columns are never touched. Columns that an earlier result added are replaced. Of a source that is no h5ad
+    `out` gets obs and what is added, without genes or counts: those stay where they are.
 
     Raises OutputExistsError when `out` exists, DataError when a length is not the number of cells or a name is taken by
-    the user's own data, UnreadableFileError when `source` is no h5ad.
+    the user's own data, UnreadableFileError when `source` cannot be read.
     """
     source, out = Path(source), Path(out)
     if out.exists():
         raise OutputExistsError(f"{out} exists already; choose another name or remove it.")
     temporary = out.with_name(f".{out.name}.{os.getpid()}.partial")
     try:
-        _copy(source, temporary)
+        _begin(source, temporary)
         with _opened(temporary, source, "r+") as file:
             _add(file, source, obsm, obs)
         with _opened(temporary, source, "r") as file:
@@ -50,10 +57,26 @@ def write_result(
     return out
 
 
-def _copy(source: Path, temporary: Path) -> None:
-    if not source.is_file():
-        raise UnreadableFileError(f"{source} does not exist.")
-    shutil.copyfile(source, temporary)
+def _begin(source: Path, temporary: Path) -> None:
+    """What the results are added to."""
+    layout = open_layout(source)
+    try:
+        if layout.kind != H5AD:
+            _write_obs(layout, temporary)
+    finally:
+        if isinstance(layout.root, h5py.File):
+            layout.root.close()
+    if layout.kind == H5AD:
+        shutil.copyfile(source, temporary)
+
+
+def _write_obs(layout: Layout, path: Path) -> None:
+    """An h5ad with the cells of a file and no genes."""
+    obs = layout.obs(layout.matrices()[0])
+    with h5py.File(path, "w") as file, ad.settings.override(allow_write_nullable_strings=True):
+        file.attrs.update({"encoding-type": "anndata", "encoding-version": "0.1.0"})
+        write_elem(file, "obs", obs)
+        write_elem(file, "var", pd.DataFrame(index=pd.Index([], dtype=object)))
 
 
 def _opened(path: Path, source: Path, mode: str) -> h5py.File:

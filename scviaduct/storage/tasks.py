@@ -6,11 +6,15 @@ Storage knows `concurrent.futures.Executor` and nothing else; distributed/tasks.
 from __future__ import annotations
 
 import os
+import sys
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
-from multiprocessing import get_context
-from typing import TypeVar
+from multiprocessing import connection, parent_process
+from multiprocessing.context import ForkServerContext, ForkServerProcess
+from types import ModuleType
+from typing import Any, TypeVar
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
@@ -24,11 +28,40 @@ def cores() -> int:
 def processes(workers: int, *, preload: str) -> ProcessPoolExecutor:
     """Processes that are forked from a server which imported the module `preload` and has no threads.
 
-    A plain fork of this process could copy a lock that one of its threads holds, which hangs the child.
+    A plain fork of this process could copy a lock that one of its threads holds, which hangs the child. Unlike
+    multiprocessing's own, they do not run the user's script again, so that it needs no `if __name__ == "__main__"`;
+    and they end when this process is killed.
     """
-    context = get_context("forkserver")
+    context = _Context()
     context.set_forkserver_preload([preload])
-    return ProcessPoolExecutor(workers, mp_context=context)
+    return ProcessPoolExecutor(workers, mp_context=context, initializer=_end_with_parent)
+
+
+class _Process(ForkServerProcess):
+    @staticmethod
+    def _Popen(process_obj: Any) -> Any:
+        main = sys.modules["__main__"]
+        sys.modules["__main__"] = ModuleType("__main__")  # nothing of it is needed: work functions are of modules
+        try:
+            return ForkServerProcess._Popen(process_obj)  # type: ignore[attr-defined]
+        finally:
+            sys.modules["__main__"] = main
+
+
+class _Context(ForkServerContext):
+    Process = _Process  # type: ignore[assignment]
+
+
+def _end_with_parent() -> None:
+    """End this process as soon as the one that asked for it is gone: it may be writing what somebody does again."""
+    parent = parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        connection.wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True, name="end-with-parent").start()
 
 
 def in_order(

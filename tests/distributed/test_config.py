@@ -7,6 +7,7 @@ from scviaduct.distributed.config import FitConfig, MapConfig, TrainConfig
 from scviaduct.distributed.options import model_config
 from scviaduct.errors import ConfigError
 from scviaduct.models.scvi import SCVI
+from scviaduct.models.trvae import TRVAE
 
 
 @pytest.mark.parametrize(("n", "epochs"), [(100, 400), (20_000, 400), (40_000, 200), (1_000_000, 8), (100_000_000, 1)])
@@ -36,6 +37,7 @@ def test_kl_warm_up(options, epoch, step, weight):
         (lambda: FitConfig(lr=0), "lr must be above 0, not 0"),
         (lambda: FitConfig(validation_size=1), "validation_size must lie in"),
         (lambda: FitConfig(max_epochs=-1), "max_epochs must be above 0"),
+        (lambda: FitConfig(validation_size=0.0, validation_stratify_by="x"), "needs a validation_size above 0"),
         (lambda: TrainConfig(out=Path("x"), workers=17), "17 workers need --n-lanes 17"),
         (lambda: TrainConfig(out=Path("x"), workers=8, fit=FitConfig(batch_size=16)), "too small for 8 workers"),
         (lambda: MapConfig(out=Path("x"), max_uncertainty=2), "must lie in"),
@@ -58,6 +60,12 @@ def test_model_options():
     assert (made.n_latent, made.dropout_rate, made.gene_likelihood, made.n_layers) == (20, 0.2, "nb", 2)
     assert made.encode_covariates and made.use_layer_norm == "none"  # what --set says comes last
     assert model_config(SCVI, "default", ["encode_covariates=true"]).encode_covariates is True
+    assert model_config(TRVAE, "default", ["hidden_layer_sizes=32,8"]).hidden_layer_sizes == (32, 8)
+    assert model_config(TRVAE, "default", ["hidden_layer_sizes=32"]).hidden_layer_sizes == (32,)
+    with pytest.raises(ConfigError, match="wants a number, not '8x'"):
+        model_config(TRVAE, "default", ["hidden_layer_sizes=32,8x"])
+    with pytest.raises(ConfigError, match="preset scarches is not for TRVAE"):
+        model_config(TRVAE, "scarches", [])
 
 
 @pytest.mark.parametrize(

@@ -4,12 +4,15 @@ import numpy as np
 import pytest
 import torch
 
+from scviaduct.distributed import workers as workers_module
 from scviaduct.distributed.checkpoint import Checkpoints
 from scviaduct.distributed.config import FitConfig
 from scviaduct.distributed.gradients import backward, lanes
 from scviaduct.distributed.loop import Hooks, fit
 from scviaduct.distributed.workers import Workers
 from scviaduct.errors import ConfigError, DataError
+from scviaduct.models.counts import Counts
+from scviaduct.models.likelihood_kernels import Nonzeros
 from scviaduct.models.scvi import PRESETS, SCVI
 from scviaduct.schema import Batch, Covariate, Schema
 from scviaduct.storage.loader import Loader, MemorySource
@@ -168,3 +171,24 @@ def test_batch_norm_cannot_be_computed_lane_by_lane():
 def test_too_few_cells_for_the_workers():
     with pytest.raises(ConfigError, match="7 cells are too few for 2 workers"):
         fit(model(), cells(7), FIT, Workers(0, 2))
+
+
+def test_batches_for_a_gpu_keep_the_stored_types_and_widen_to_the_same(monkeypatch):
+    """The copy to a GPU itself is not run here: pinned memory is replaced by ordinary memory."""
+    monkeypatch.setattr(workers_module, "pinned", np.empty)
+    source = cells()
+    small = replace(
+        source.cells, indices=source.cells.indices.astype(np.uint16), data=source.cells.data.astype(np.uint8)
+    )
+    compact = MemorySource(small, source.block_rows)
+    sampler = Sampler(n_rows=source.n_rows, block_rows=source.block_rows, batch_size=32)
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    with (
+        Workers().loader(compact, sampler, cpu).epoch(0) as wide,
+        Workers().loader(compact, sampler, gpu).epoch(0) as raw,
+    ):
+        for a, b in zip(wide, raw, strict=True):
+            assert (a.indices.dtype, a.data.dtype) == (np.int32, np.float32)
+            assert (b.indices.dtype, b.data.dtype) == (np.uint16, np.uint8)
+            dense = [Counts(Nonzeros(x.indptr, x.indices, x.data), x.n_cells, x.n_genes, cpu).dense for x in (a, b)]
+            assert torch.equal(*dense)

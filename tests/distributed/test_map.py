@@ -1,4 +1,5 @@
 import os
+import warnings
 
 import anndata as ad
 import numpy as np
@@ -28,6 +29,18 @@ def test_a_query_gets_embedding_labels_and_uncertainty(run, query_file, map_conf
     pd.testing.assert_frame_equal(
         pd.read_csv(tmp_path / "mapped" / "summary.csv").fillna({"message": ""}), summary, check_dtype=False
     )
+
+
+def test_a_query_in_a_zarr_store(run, query_file, map_config, tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # anndata's and zarr's, of the format's version
+        ad.read_h5ad(query_file).write_zarr(tmp_path / "query.zarr")
+    for name, query in (("one", query_file), ("other", tmp_path / "query.zarr")):
+        map(run, [query], map_config(tmp_path / name))
+    one, other = (ad.read_h5ad(tmp_path / name / "query.h5ad") for name in ("one", "other"))
+    assert np.array_equal(one.obsm["X_scVI"], other.obsm["X_scVI"], equal_nan=True)
+    assert other.n_vars == 0 and list(one.obs.columns) == list(other.obs.columns)
+    assert one.obs["cell_type_pred"].equals(other.obs["cell_type_pred"])
 
 
 def broken(path, biology, how):

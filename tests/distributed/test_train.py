@@ -64,6 +64,29 @@ def test_a_run_becomes_a_bundle(run, atlas):
     assert len((run / "history.jsonl").read_text().splitlines()) == 6
 
 
+def test_an_atlas_in_an_object_store_trains_the_same_model(atlas, config, s3, tmp_path):
+    address = s3.upload(atlas, "training", "atlas.zarr")
+    here = train(atlas, config(tmp_path / "here", max_epochs=1))
+    there = train(Path(address), config(tmp_path / "there", max_epochs=1))  # as the command line gives it
+    assert same(weights(here), weights(there))
+    assert json.loads((tmp_path / "there/run.json").read_text())["atlas"] == address
+    with pytest.raises(ConfigError, match="The run's folder cannot be s3://training/run"):
+        train(atlas, config(Path("s3://training/run")))
+
+
+def test_each_type_gives_its_share_to_validation(atlas, config, tmp_path):
+    made = config(tmp_path / "run", log_cells=True, max_epochs=1, validation_stratify_by="cell_type")
+    train(atlas, made)
+    log, view = read_cells(tmp_path / "run" / "cells"), View.open(atlas)
+    codes = view.source(view.schema(batch_key="study")).strata("cell_type")
+    held_out = np.ones(view.n_rows, bool)
+    held_out[log["row"]] = False
+    assert np.bincount(codes, held_out).tolist() == np.floor(0.1 * np.bincount(codes) + 0.5).tolist()
+    with pytest.raises(MissingColumnError, match="did you mean 'cell_type'"):
+        train(atlas, config(tmp_path / "other", validation_stratify_by="celltype"))
+    assert not (tmp_path / "other").exists()
+
+
 def test_the_cell_log_shows_every_cell_once_an_epoch(atlas, config, tmp_path):
     made = config(tmp_path / "run", log_cells=True)
     train(atlas, made)

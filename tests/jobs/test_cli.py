@@ -43,7 +43,7 @@ def test_the_straight_line(place, tmp_path, process, command):
         code, out, err = process(line, tmp_path, tracking=None)
         assert code == 0, err
         # one line of progress for what takes time, and nothing of other libraries' logs
-        assert all(re.match(r"(convert|epoch|query) \d+/\d+ ", told) for told in err.splitlines()), err
+        assert all(re.match(r"(convert|prepare: [a-z ]+|epoch|query) \d+/\d+ ", told) for told in err.splitlines()), err
         told[line] = out
     convert, prepare, train, mapped, run = told.values()
     atlas, file = (command(f"inspect {name}", tmp_path)[1] for name in ("atlas.zarr", "Q1.h5ad"))
@@ -202,7 +202,9 @@ def test_one_option_of_train_leaves_the_others_at_their_defaults():
     assert config.fit == FitConfig(lr=0.1) and config.set == ("n_latent=4", "n_hidden=16")
 
 
-@pytest.mark.parametrize("verb", ["", "convert", "prepare", "train", "map", "inspect", "demo"])
+@pytest.mark.parametrize(
+    "verb", ["", "convert", "prepare", "train", "map", "inspect", "verify", "repair", "export", "demo"]
+)
 def test_help(tmp_path, command, verb, monkeypatch):
     monkeypatch.setenv("COLUMNS", "100")
     code, out, err = command(f"{verb} --help", tmp_path)

@@ -94,6 +94,23 @@ def test_canonical_form_keeps_the_matrix(data: st.DataObject) -> None:
     assert audit.zero_count_cells == (dense.sum(1) == 0).sum()
 
 
+@given(st.data())
+def test_columns_are_moved_to_their_genes(data: st.DataObject) -> None:
+    """Columns without a gene are left out, wrong values in them too; columns of one gene are summed."""
+    lookup = np.array(data.draw(st.lists(st.integers(-1, 2), min_size=5, max_size=5)), np.int32)
+    dense = np.array(data.draw(st.lists(st.integers(0, 3), min_size=20, max_size=20)), np.float32).reshape(4, 5)
+    wanted = np.zeros((4, 3))
+    for column, gene in enumerate(lookup):
+        if gene >= 0:
+            wanted[:, gene] += dense[:, column]
+        else:
+            dense[0, column] = 0.5
+    found, audit = check_counts(csr_matrix(dense), origin(), 0, lookup, 3)
+    assert np.array_equal(found.toarray(), wanted)
+    assert (found.has_sorted_indices, found.nnz) == (True, np.count_nonzero(wanted))
+    assert (audit.n_vars, audit.total, audit.largest) == (3, wanted.sum(), wanted.max())
+
+
 def test_duplicates_do_not_hide_what_is_wrong() -> None:
     halves = csr_matrix((np.array([0.5, 0.5]), np.array([1, 1]), np.array([0, 2])), shape=(1, 5))
     with pytest.raises(NotCountsError, match="2 are not whole"):

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from scviaduct.errors import DataError
-from scviaduct.storage.genes import id_type, match, mismatch_hint, normalise, select
+from scviaduct.storage.genes import gene_axis, id_type, match, mismatch_hint, normalise, select
 
 SCMIXOLOGY = Path(__file__).parents[3] / "shared/data/rna/scmixology_3celllines_celseq2_dropseq.h5ad"
 
@@ -145,3 +145,88 @@ def test_real_ensembl_names_match_with_versions() -> None:
     found = match(reference, pd.DataFrame(index=names))
     assert found.n_matched == 2000
     assert [names[p] for p in found.positions[:5]] == [name.split(".")[0] for name in reference[:5]]
+
+
+CELLXGENE = pd.DataFrame({"feature_name": SYMBOLS, "feature_type": ["protein_coding"] * 3}, index=ENSEMBL)
+TENX = pd.DataFrame({"gene_ids": VERSIONED, "feature_types": ["Gene Expression"] * 3}, index=SYMBOLS)
+ONLY_SYMBOLS = pd.DataFrame(index=["SCYL3", "ACTB"])
+ONLY_IDS = pd.DataFrame({"length": [1, 2]}, index=[ENSEMBL[2], "ENSG00000999999.3"])
+RENAMED = pd.DataFrame({"gene_ids": ENSEMBL}, index=["TSPAN6", "DPM1", "SCYL3-old"])
+
+
+@pytest.mark.parametrize(
+    ("frames", "kind", "via", "names"),
+    [
+        ([CELLXGENE], "ensembl", ["names"], [ENSEMBL]),
+        ([TENX], "symbol", ["names"], [SYMBOLS]),
+        ([TENX, TENX], "symbol", ["names"] * 2, [SYMBOLS] * 2),
+        ([CELLXGENE, TENX], "ensembl", ["names", "gene_ids"], [ENSEMBL, ENSEMBL]),
+        ([TENX, ONLY_IDS], "ensembl", ["gene_ids", "names"], [ENSEMBL, [ENSEMBL[2], "ENSG00000999999"]]),
+        ([CELLXGENE, ONLY_SYMBOLS], "symbol", ["feature_name", "names"], [SYMBOLS, ["SCYL3", "ACTB"]]),
+        ([CELLXGENE, TENX, ONLY_SYMBOLS], "symbol", ["feature_name", "names", "names"], [SYMBOLS] * 2),
+        # symbols share two genes, their ids three
+        ([TENX, RENAMED], "ensembl", ["gene_ids", "gene_ids"], [ENSEMBL, ENSEMBL]),
+        # a name that is a number is not a gene's, unless there is nothing else
+        ([TENX.set_index(pd.Index(["0", "1", "2"]))] * 2, "ensembl", ["gene_ids"] * 2, [ENSEMBL] * 2),
+        ([pd.DataFrame(index=["672", "675"])] * 2, "number", ["names"] * 2, [["672", "675"]] * 2),
+        ([pd.DataFrame(index=["a"]), pd.DataFrame(index=["b"])], "symbol", ["names"] * 2, [["a"], ["b"]]),
+        ([], "symbol", [], []),
+    ],
+)
+def test_axis(frames: list[pd.DataFrame], kind: str, via: list[str], names: list[list[str]]) -> None:
+    axis = gene_axis({f"d{i}": frame for i, frame in enumerate(frames)})
+    assert axis.kind == kind
+    assert list(axis.via.values()) == via
+    assert list(axis.names.values())[: len(names)] == names
+    assert not axis.ambiguous
+
+
+def test_axis_joins_in_order_of_appearance() -> None:
+    axis = gene_axis({"a": CELLXGENE.iloc[::-1], "b": TENX.iloc[1:], "c": ONLY_IDS})
+    assert axis.genes() == (*ENSEMBL[::-1], "ENSG00000999999")
+    assert axis.genes("intersection") == (ENSEMBL[2],)
+    assert axis.columns("b", [ENSEMBL[2], "x", ENSEMBL[1]]).tolist() == [2, 0]
+
+
+def test_the_copy_of_a_gene_on_the_y_chromosome_stays_apart() -> None:
+    par = ["ENSG00000182378.15", "ENSG00000182378.15_PAR_Y", "ENSG00000000003.1"]
+    symbols = ["PLCXD1", "PLCXD1", "TSPAN6"]
+    first, second = pd.DataFrame({"symbol": symbols}, index=par), pd.DataFrame({"ids": par[:2]}, index=["PLCXD1", "x"])
+    assert gene_axis({"a": first, "b": second}).genes("intersection") == ("ENSG00000182378", "ENSG00000182378_PAR_Y")
+    # by symbol the two copies cannot be told apart
+    by_symbol = gene_axis({"a": first, "b": pd.DataFrame(index=["PLCXD1", "TSPAN6"])})
+    assert by_symbol.genes("intersection") == ("TSPAN6",)
+    assert by_symbol.ambiguous == {"a": ("PLCXD1",)}
+
+
+def test_ambiguous_names_are_left_out_where_they_are_and_told(caplog: pytest.LogCaptureFixture) -> None:
+    twice = pd.DataFrame({"feature_name": ["DPM1", "DPM1", "SCYL3", None]}, index=[*ENSEMBL, "ENSG00000000460"])
+    axis = gene_axis({"a": twice, "b": pd.DataFrame(index=["DPM1", "SCYL3"])})
+    assert axis.names == {"a": [None, None, "SCYL3", None], "b": ["DPM1", "SCYL3"]}
+    assert axis.ambiguous == {"a": ("DPM1",)}
+    assert axis.genes("intersection") == ("SCYL3",)
+    assert "data set 'a': 1 gene names occur more than once in var column 'feature_name'" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "columns",
+    [{}, {"biotype": ["lncRNA"] * 3}, {"description": ["tetraspanin 6", "mannosyltransferase", "kinase-like"]}],
+)
+def test_no_kind_of_names_in_common(columns: dict[str, list[str]]) -> None:
+    with pytest.raises(DataError, match=r"'a' has ensembl in var_names \(ENSG0.*'b' has symbol in var_names \(TSPAN6"):
+        gene_axis({"a": pd.DataFrame(columns, index=ENSEMBL), "b": pd.DataFrame(index=SYMBOLS)})
+
+
+@given(st.lists(st.lists(st.sampled_from([*ENSEMBL, *SYMBOLS, "7", "A-1"]), min_size=1, max_size=6), max_size=3))
+def test_every_name_on_the_axis_means_one_gene(names: list[list[str]]) -> None:
+    try:
+        axis = gene_axis({f"d{i}": pd.DataFrame(index=index) for i, index in enumerate(names)})
+    except DataError:
+        return
+    assert len(axis.genes()) == len(set(axis.genes()))
+    for index, (dataset_id, here) in zip(names, axis.names.items(), strict=True):
+        assert [n for n, m in zip(index, here, strict=True) if m is not None] == [
+            n for n in index if index.count(n) == 1
+        ]
+        assert set(axis.ambiguous.get(dataset_id, ())) == {n for n in index if index.count(n) > 1}
+        assert set(axis.genes("intersection")) <= set(here)

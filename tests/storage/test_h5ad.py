@@ -1,11 +1,8 @@
-"""h5ad files: any layout read exactly and in order, the right matrix chosen, anything else refused with the fix."""
+"""Reading files: any layout exactly and in order, tables of any age, obsm and layers (test_inputs.py has the cases)."""
 
 from __future__ import annotations
 
-import gzip
 import warnings
-import zipfile
-from collections.abc import Callable
 from pathlib import Path
 
 import anndata as ad
@@ -111,70 +108,6 @@ LOG = X.log1p()
 OTHER = counts(seed=1)
 
 
-@pytest.mark.parametrize(
-    ("data", "options", "matrix"),
-    [
-        (adata(X), {}, "X"),
-        (adata(X, layers={"counts": OTHER}), {}, "X"),
-        (adata(X, layers={"counts": OTHER}), {"counts": "counts"}, "layers/counts"),
-        (adata(X, layers={"counts": OTHER}), {"counts": "layers/counts"}, "layers/counts"),
-        (adata(LOG, layers={"counts": OTHER}), {}, "layers/counts"),
-        (adata(LOG, layers={"umis": LOG, "strange": OTHER}), {}, "layers/strange"),
-        (adata(LOG, layers={"Counts": OTHER, "spliced": X}), {}, "layers/Counts"),
-        (adata(sp.csr_matrix(X.shape), layers={"counts": OTHER}), {}, "layers/counts"),
-        (adata(sp.csr_matrix(X.shape)), {}, "X"),
-        (adata(X.tocsc()), {}, "X"),
-        (adata(X.toarray()), {}, "X"),
-    ],
-)
-def test_choice(tmp_path: Path, data: ad.AnnData, options: dict[str, str], matrix: str) -> None:
-    data.write_h5ad(tmp_path / "a.h5ad")
-    with open_counts(tmp_path / "a.h5ad", **options) as file:
-        assert (file.matrix, file.id, file.n_obs, file.n_vars) == (matrix, "a", 30, 12)
-    wanted = data.X if matrix == "X" else data.layers[matrix.removeprefix("layers/")]
-    wanted = wanted.toarray() if sp.issparse(wanted) else wanted
-    assert np.array_equal(stack(tmp_path / "a.h5ad", **options), wanted)
-
-
-def with_raw(x: sp.csr_matrix, raw: sp.csr_matrix, **layers: sp.csr_matrix) -> ad.AnnData:
-    data = adata(x, layers=layers)
-    data.raw = ad.AnnData(raw, obs=data.obs, var=pd.DataFrame(index=[f"r{i}" for i in range(raw.shape[1])]))
-    return data
-
-
-def test_raw_brings_its_own_genes(tmp_path: Path) -> None:
-    raw = counts(30, 20)
-    with_raw(LOG, raw).write_h5ad(tmp_path / "a.h5ad")
-    for options in ({}, {"counts": "raw"}, {"counts": "raw/X"}):
-        with open_counts(tmp_path / "a.h5ad", **options) as file:
-            assert (file.matrix, file.n_vars, file.var.index[19]) == ("raw/X", 20, "r19")
-    assert np.array_equal(stack(tmp_path / "a.h5ad"), raw.toarray())
-
-
-@pytest.mark.parametrize(
-    ("data", "options", "words"),
-    [
-        (adata(LOG), {}, ["no matrix holds raw counts (looked at: X)", "X holds 0.69"]),
-        (adata(-X), {}, ["X holds -"]),
-        (adata(LOG, layers={"scaled": -LOG}), {}, ["looked at: X, layers/scaled", "layers/scaled holds -"]),
-        (with_raw(LOG, X, counts=OTHER), {}, ["2 matrices", "raw/X, layers/counts", "--counts raw or --counts counts"]),
-        (adata(LOG, layers={"spliced": X, "unspliced": OTHER}), {}, ["--counts spliced or --counts unspliced"]),
-    ],
-)
-def test_no_choice(tmp_path: Path, data: ad.AnnData, options: dict[str, str], words: list[str]) -> None:
-    data.write_h5ad(tmp_path / "a.h5ad")
-    with pytest.raises(NotCountsError) as error:
-        open_counts(tmp_path / "a.h5ad", **options)
-    for word in [str(tmp_path / "a.h5ad"), *words]:
-        assert word in str(error.value)
-
-
-def test_no_such_matrix(tmp_path: Path) -> None:
-    adata(LOG, layers={"counts": X}).write_h5ad(tmp_path / "a.h5ad")
-    with pytest.raises(DataError, match="no matrix 'count' of numbers; did you mean 'counts'"):
-        open_counts(tmp_path / "a.h5ad", counts="count")
-
-
 def test_what_the_sample_missed_is_found_by_the_audit(tmp_path: Path) -> None:
     n = 20_000
     x = sp.csr_matrix((np.ones(n, np.float32), np.zeros(n, np.int32), np.arange(n + 1)), shape=(n, 2))
@@ -187,61 +120,21 @@ def test_what_the_sample_missed_is_found_by_the_audit(tmp_path: Path) -> None:
         assert file.audit().total == n
 
 
-def _truncated(path: Path) -> None:
-    adata().write_h5ad(path)
-    path.write_bytes(path.read_bytes()[:-500])
-
-
-def _zipped(path: Path) -> None:
-    with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr("a.h5ad", "x")
-
-
-def _hdf5(*groups: str) -> Callable[[Path], None]:
-    def make(path: Path) -> None:
-        with h5py.File(path, "w") as file:
-            for group in groups:
-                file.create_group(group)
-
-    return make
-
-
-def _bytes(content: bytes) -> Callable[[Path], None]:
-    return lambda path: path.write_bytes(content) and None
-
-
-FORMATS: list[tuple[Callable[[Path], object], str]] = [
-    (lambda path: None, "does not exist"),
-    (lambda path: path.mkdir(), "is a directory with 0 h5ad files"),
-    (lambda path: (path.mkdir(), (path / "zarr.json").touch()), "is a Zarr store .*read_zarr"),
-    (lambda path: path.touch(), r"is empty \(0 bytes\)"),
-    (_truncated, r"is truncated: it has [\d,]+ of [\d,]+ bytes"),
-    (_bytes(b"\x89HDF\r\n\x1a\n" + b"\0" * 200), "is a damaged HDF5 file"),
-    (_zipped, "is a zip archive, not an h5ad: unzip"),
-    (_bytes(gzip.compress(b"\x89HDF\r\n\x1a\n...")), "is a gzip-compressed HDF5 file.*gunzip"),
-    (_bytes(gzip.compress(b"X\n\0\0\0\3...")), r"is an R object \(rds\).*writeH5AD"),
-    (_bytes(gzip.compress(b"gene,cell\n")), "is a gzip file, not an h5ad: unpack"),
-    (_bytes(b"\x1f\x8bbroken"), "is a damaged gzip file"),
-    (_bytes(b"RDX3\nX\n"), "is an R data file"),
-    (_bytes(b"%%MatrixMarket matrix"), "is a Matrix Market file.*read_10x_mtx"),
-    (_bytes(b"gene,c1,c2\nA,0,1\n"), r"is a text file \(it begins 'gene,c1"),
-    (_bytes(b"<!DOCTYPE html>"), "is a web page"),
-    (_bytes(b"\0\1\2\3nonsense"), "is no HDF5 file .*00 01 02 03"),
-    (_hdf5("matrix", "row_attrs", "col_attrs", "layers"), r"is a loom file.*read_loom\(PATH\)"),
-    (_hdf5("matrix/barcodes", "matrix/features"), r"is a 10x Genomics h5 file.*read_10x_h5\(PATH\)\.write_h5ad\('a"),
-    (_hdf5("GRCh38/barcodes"), "is a 10x Genomics h5 file"),
-    (_hdf5("mod", "obs", "var"), "is a MuData file"),
-    (_hdf5("assays", "meta.data"), "is an h5Seurat file"),
-    (_hdf5("model_weights"), r"without obs and var \(it holds model_weights\)"),
-]
-
-
-@pytest.mark.parametrize(("make", "message"), FORMATS)
-def test_what_it_is_when_it_is_no_h5ad(tmp_path: Path, make: Callable[[Path], object], message: str) -> None:
-    make(tmp_path / "a.h5ad")
-    with pytest.raises(UnreadableFileError, match=message) as error:
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        ([], "is a directory with 0 h5ad files"),
+        (["b.h5ad", "c.h5ad"], r"is a directory with 2 h5ad files \(.*\*\.h5ad names them\)"),
+        (["matrix.mtx.gz", "barcodes.tsv.gz"], r"is a 10x matrix directory \(scanpy.read_10x_mtx"),
+        (["atlas.json", "zarr.json"], "cannot be read|is an atlas already"),
+    ],
+)
+def test_directories(tmp_path: Path, names: list[str], message: str) -> None:
+    (tmp_path / "a.h5ad").mkdir()
+    for name in names:
+        (tmp_path / "a.h5ad" / name).touch()
+    with pytest.raises(UnreadableFileError, match=message):
         open_counts(tmp_path / "a.h5ad")
-    assert str(tmp_path / "a.h5ad") in str(error.value)
 
 
 def test_neighbours_of_a_missing_file(tmp_path: Path) -> None:
@@ -250,49 +143,9 @@ def test_neighbours_of_a_missing_file(tmp_path: Path) -> None:
         open_counts(tmp_path / "lnug.h5ad")
 
 
-def edit(path: Path, change: Callable[[h5py.File], object], data: ad.AnnData | None = None) -> Path:
-    (adata() if data is None else data).write_h5ad(path, compression="gzip")
-    with h5py.File(path, "a") as file:
-        change(file)
-    return path
-
-
-def _resize_indptr(file: h5py.File) -> None:
-    values = file["X/indptr"][:-3]
-    del file["X/indptr"]
-    file["X/indptr"] = values
-
-
-def _set(name: str, at: int, value: int) -> Callable[[h5py.File], None]:
-    def change(file: h5py.File) -> None:
-        file[name][at] = value
-
-    return change
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (_set("X/indptr", 5, 0), "X/indptr falls from .* to 0 at position 5"),
-        (_set("X/indptr", 30, 9999), "indptr runs from 0 to 9,999"),
-        (_resize_indptr, "X has 28 row or column pointers where 31"),
-        (_set("X/indices", 4, 12), r"gene indices outside 0-11, e\.g\. 12 in cell 'c0'"),
-        (_set("X/indices", 4, -1), r"gene indices outside 0-11, e\.g\. -1"),
-        (
-            lambda f: f["X"].attrs.__setitem__("shape", [31, 12]),
-            "X is 31 x 12, but obs and var name 30 cells and 12 genes",
-        ),
-        (lambda f: f["X"].attrs.__setitem__("shape", [0, 12]), "X has 0 cells and 12 genes"),
-    ],
-)
-def test_damaged_matrix(tmp_path: Path, change: Callable[[h5py.File], object], message: str) -> None:
-    path = edit(tmp_path / "a.h5ad", change)
-    with pytest.raises(DataError, match=message):
-        stack(path)
-
-
 def test_damaged_bytes(tmp_path: Path) -> None:
-    path = edit(tmp_path / "a.h5ad", lambda f: None, adata(counts(500, 40), 500, 40))
+    path = tmp_path / "a.h5ad"
+    adata(counts(500, 40), 500, 40).write_h5ad(path, compression="gzip")
     with h5py.File(path) as file:
         where = file["X/data"].id.get_chunk_info(0)
     raw = bytearray(path.read_bytes())
@@ -300,22 +153,6 @@ def test_damaged_bytes(tmp_path: Path) -> None:
     path.write_bytes(raw)
     with pytest.raises(UnreadableFileError, match="a part of the file cannot be read"):
         stack(path, counts="X")
-
-
-@pytest.mark.parametrize(
-    ("names", "example"),
-    [
-        (["A", "B", "A"], "'A' and 'A'"),
-        (["ENSG00000000003.1", "ENSG00000000003.2", "B"], r"'ENSG00000000003\.1' and '"),
-    ],
-)
-def test_genes_named_twice(tmp_path: Path, names: list[str], example: str) -> None:
-    data = adata(counts(4, 3), 4, 3)
-    data.write_h5ad(tmp_path / "a.h5ad")
-    with h5py.File(tmp_path / "a.h5ad", "a") as file:
-        file["var/_index"][:] = names
-    with pytest.raises(DataError, match=f"1 genes occur more than once in var_names .*{example}"):
-        open_counts(tmp_path / "a.h5ad")
 
 
 def test_obs_of_any_type(tmp_path: Path) -> None:
@@ -369,9 +206,102 @@ def test_legacy_sparse_and_raw(tmp_path: Path) -> None:
         assert np.array_equal(next(file.chunks())[1].toarray(), [[0, 5], [7, 0]])
 
 
-def test_unreadable_obs(tmp_path: Path) -> None:
-    path = edit(tmp_path / "a.h5ad", lambda f: f["obs"].attrs.__setitem__("encoding-type", "from the future"))
-    with pytest.raises(UnreadableFileError, match="obs cannot be read"):
+def rich() -> ad.AnnData:
+    data = adata(layers={"half": counts() * 0.5, "dense": counts().toarray().astype(np.int16)})
+    rng = np.random.default_rng(2)
+    data.obsm["pca"] = rng.normal(size=(30, 4)).astype(np.float32)
+    data.obsm["csr"], data.obsm["csc"] = sp.random(30, 5, 0.3, "csr", rng=rng), sp.random(30, 5, 0.3, "csc", rng=rng)
+    data.obsm["table"] = pd.DataFrame({"u": range(30), "v": list("ab") * 15}, index=data.obs_names)
+    return data
+
+
+@pytest.mark.parametrize("kind", ["h5ad", "zarr"])
+def test_obsm_and_layers(tmp_path: Path, kind: str) -> None:
+    data, path = rich(), tmp_path / f"a.{kind}"
+    with ad.settings.override(auto_shard_zarr_v3=False, zarr_write_format=3), warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # of consolidated metadata
+        data.write_h5ad(path) if kind == "h5ad" else data.write_zarr(path)
+    with open_counts(path) as file:
+        assert set(file.obsm_names()) == {"pca", "csr", "csc", "table"}
+        for name in ("pca", "csr", "csc"):
+            whole, part = file.obsm_element(name), file.obsm_rows(name, 5, 19)
+            wanted = data.obsm[name] if name == "pca" else data.obsm[name].toarray()
+            dense = [v if name == "pca" else v.toarray() for v in (whole, part)]
+            assert np.array_equal(dense[0], wanted) and np.array_equal(dense[1], wanted[5:19])
+            assert whole.dtype == part.dtype == data.obsm[name].dtype
+            assert name == "pca" or whole.format == part.format == "csr"
+        pd.testing.assert_frame_equal(file.obsm_element("table"), data.obsm["table"], check_dtype=False)
+        assert file.obsm_rows("table", 3, 6)["u"].tolist() == [3, 4, 5]
+        assert set(file.layer_names()) == {"half", "dense"}
+        for name, wanted in (("half", data.layers["half"].toarray()), ("dense", data.layers["dense"])):
+            for start in (0, 13):
+                blocks = list(file.layer_blocks(name, 7, start=start))
+                assert blocks[0][0] == start and {b.dtype for _, b in blocks} == {wanted.dtype}
+                assert np.array_equal(np.vstack([b.toarray() for _, b in blocks]), wanted[start:])
+        for wrong in (lambda: file.obsm_element("umap"), lambda: list(file.layer_blocks("halve"))):
+            with pytest.raises(DataError, match=r"there is no layer|obsm has no"):
+                wrong()
+
+
+def test_layers_follow_the_genes(tmp_path: Path) -> None:
+    """Features that are set aside or added up are so in layers; raw has other genes; X is a layer beside one."""
+    data = adata(layers={"half": counts() * 0.5})
+    data.var["feature_types"] = ["Gene Expression"] * 10 + ["Antibody Capture"] * 2
+    data.write_h5ad(tmp_path / "a.h5ad")
+    half = data.layers["half"].toarray()[:, :10]
+    with h5py.File(tmp_path / "a.h5ad", "a") as file:
+        file["var/_index"][4] = "g1"
+    with open_counts(tmp_path / "a.h5ad", sum_duplicates=True) as file:
+        found = np.vstack([b.toarray() for _, b in file.layer_blocks("half", 7)])
+    half[:, 1] += half[:, 4]
+    assert np.array_equal(found, np.delete(half, 4, axis=1))
+    data = adata(counts().log1p(), layers={"counts": counts()})
+    data.write_h5ad(tmp_path / "b.h5ad")
+    with open_counts(tmp_path / "b.h5ad") as file:
+        assert file.layer_names() == ("X",)
+        assert np.array_equal(next(file.layer_blocks("X", 99))[1].toarray(), data.X.toarray())
+
+
+def test_more_values_than_32_bits_count(tmp_path: Path) -> None:
+    """Pointers beyond 2**31: only the last cell's values are written, the rest of the file is a hole."""
+    path, n = tmp_path / "a.h5", 2**31 + 40
+    with h5py.File(path, "w") as file:
+        for name, dtype in (("data", "u1"), ("indices", "i4")):
+            file.create_dataset(f"X/{name}", (n,), dtype, chunks=(2**20,))[-4:] = [3, 5, 7, 9]
+        file["X/indptr"] = np.array([0, 2**31 - 1, n - 4, n], np.int64)
+        last = list(Matrix(file, path, "X", "csr", 3, 2**31 - 1).blocks(1, start=2))
+        assert [(first, block.data.tolist(), block.indices.tolist()) for first, block in last] == [
+            (2, [3, 5, 7, 9], [3, 5, 7, 9])
+        ]
+
+
+@pytest.mark.parametrize("filters", [{"fletcher32": True}, {"compression": "gzip", "fletcher32": True}])
+def test_checksums_of_hdf5(tmp_path: Path, filters: dict[str, object]) -> None:
+    """Filters that this package does not decode itself are HDF5's: right values, and damage is seen."""
+    path, values = tmp_path / "a.h5ad", counts(500, 40)
+    adata(values, 500, 40).write_h5ad(path)
+    with h5py.File(path, "a") as file:
+        for name in ("data", "indices"):
+            del file[f"X/{name}"]
+            file["X"].create_dataset(name, data=getattr(values, name), chunks=(1000,), **filters)
+        where = file["X/data"].id.get_chunk_info(1)
+    assert np.array_equal(stack(path), values.toarray())
+    raw = bytearray(path.read_bytes())
+    raw[where.byte_offset + 100] ^= 1
+    path.write_bytes(raw)
+    with pytest.raises(UnreadableFileError, match="a part of the file cannot be read"):
+        stack(path, counts="X")
+
+
+def test_text_that_hdf5_would_read_for_ever(tmp_path: Path) -> None:
+    """A hole in a global heap, as an unfinished download leaves it."""
+    path = tmp_path / "a.h5ad"
+    adata().write_h5ad(path)
+    raw = bytearray(path.read_bytes())
+    at = raw.index(b"GCOL")
+    raw[at + 48 : at + 80] = bytes(32)
+    path.write_bytes(raw)
+    with pytest.raises(UnreadableFileError, match=f"the text at byte {at:,} is damaged"):
         open_counts(path)
 
 

@@ -1,5 +1,6 @@
 import threading
 import time
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
@@ -7,8 +8,10 @@ import scipy.sparse as sp
 from hypothesis import given
 from hypothesis import strategies as st
 
+from scviaduct.errors import ConfigError
 from scviaduct.schema import Batch
-from scviaduct.storage.loader import Loader, MemorySource, Prefetched, gather, stream
+from scviaduct.storage.loader import Loader, MemorySource, Prefetched, cut, gather, stream
+from scviaduct.storage.memory import Recycled
 from scviaduct.storage.sampler import Sampler, Split
 
 
@@ -72,12 +75,93 @@ def test_every_field_follows_its_cell():
         categorical=np.arange(2 * n).reshape(n, 2),
         continuous=np.arange(3 * n, dtype=np.float32).reshape(n, 3),
         size_factor=np.arange(n, dtype=np.float32) + 1,
+        proteins=np.arange(2 * n, dtype=np.float32).reshape(n, 2),
     )
     rows = np.array([5, 3, 60, 3])
     batch = gather([(whole, rows[:2]), (whole, rows[2:])])
-    for name in ("batch_index", "labels", "categorical", "continuous", "size_factor", "rows"):
+    per_cell = {f.name for f in fields(Batch)} - {"n_genes", "indptr", "indices", "data", "seeds", "lanes"}
+    for name in per_cell:
         np.testing.assert_array_equal(getattr(batch, name), getattr(whole, name)[rows])
     np.testing.assert_array_equal(dense(batch), dense(whole)[rows])
+
+
+def test_types_are_widened_on_the_way_or_kept():
+    whole = cells(100)
+    small = replace(whole, indices=whole.indices.astype(np.uint16), data=whole.data.astype(np.uint8))
+    sampler = Sampler(n_rows=100, block_rows=16, batch_size=30)
+    with (
+        Loader(MemorySource(small, 16), sampler).epoch(0) as wide,
+        Loader(MemorySource(small, 16), sampler, compact=True).epoch(0) as compact,
+    ):
+        for a, b in zip(wide, compact, strict=True):
+            assert (a.indices.dtype, a.data.dtype) == (np.int32, np.float32)
+            assert (b.indices.dtype, b.data.dtype) == (np.uint16, np.uint8)
+            np.testing.assert_array_equal(dense(a), dense(whole)[a.rows])
+            np.testing.assert_array_equal(dense(a), dense(b))
+
+
+def test_places_say_where_each_cell_goes():
+    whole, rows, places = cells(50), np.array([4, 9, 1, 30]), np.array([2, 0, 3, 1])
+    batch = gather([(whole, rows[:1]), (whole, rows[1:])], places)
+    assert batch.rows.tolist() == [9, 30, 4, 1]
+    np.testing.assert_array_equal(dense(batch), dense(whole)[batch.rows])
+    np.testing.assert_array_equal(batch.batch_index, whole.batch_index[batch.rows])
+
+
+def test_a_cut_is_a_batch_of_its_own():
+    whole = cells(50, seeds=np.arange(50, dtype=np.uint64))
+    part = cut(whole, 10, 25, whole.lanes)
+    np.testing.assert_array_equal(dense(part), dense(whole)[10:25])
+    assert part.rows.tolist() == part.seeds.tolist() == list(range(10, 25)) and part.labels.size == 0
+
+
+def test_batches_that_are_kept_are_never_overwritten():
+    """Memory is used again, but only that of batches nobody has any more."""
+    whole = cells(2000)
+    sampler = Sampler(n_rows=2000, block_rows=64, batch_size=40)
+    loader, kept = Loader(MemorySource(whole, 64), sampler), []
+    for epoch in range(3):
+        with loader.epoch(epoch) as batches:
+            kept += [b for k, b in enumerate(batches) if k % 7 == 0]
+    for batch in kept:
+        np.testing.assert_array_equal(dense(batch), dense(whole)[batch.rows])
+
+
+def test_memory_is_used_again_once_its_arrays_and_their_views_are_gone():
+    allocate = Recycled(slabs=2)
+    first = allocate(1000, np.float32)
+    address, view = first.__array_interface__["data"][0], first[10:20]
+    del first
+    second = allocate(1000, np.uint16)
+    assert not np.shares_memory(second, view)
+    del view
+    third = allocate(900, np.float32)
+    assert third.__array_interface__["data"][0] == address and len(third) == 900
+    many = [allocate(1000, np.float32) for _ in range(5)]  # more than are kept: ordinary memory
+    assert not any(np.shares_memory(a, b) for a in many for b in [*many, second, third] if a is not b)
+
+
+def test_cells_in_memory_have_no_columns_to_split_by():
+    with pytest.raises(ConfigError, match="'donor'"):
+        MemorySource(cells(5)).strata("donor")
+
+
+def test_as_many_blocks_are_read_at_once_as_the_source_wants():
+    class Meeting(MemorySource):
+        """Reads return when `readers` of them are under way."""
+
+        def __init__(self, cells, block_rows):
+            super().__init__(cells, block_rows)
+            self.readers, self.met = 4, threading.Barrier(4)
+
+        def read(self, block):
+            self.met.wait(timeout=20)
+            return super().read(block)
+
+    with Loader(Meeting(cells(256), 16), Sampler(n_rows=256, block_rows=16, batch_size=32, n_lanes=1)).epoch(0) as made:
+        assert sum(b.n_cells for b in made) == 256
+    with stream(Meeting(cells(256), 16)) as made:
+        assert sum(b.n_cells for b in made) == 256
 
 
 def test_stream_visits_every_block_in_order_and_ranks_share_them():

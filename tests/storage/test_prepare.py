@@ -1,5 +1,6 @@
 """prepare: every cell once with its own counts, whatever the memory; recipes, faults, and what is refused."""
 
+import errno
 import json
 import logging
 import os
@@ -18,10 +19,11 @@ from hypothesis import strategies as st
 
 import scviaduct.storage.prepare as module
 from scviaduct.errors import ConfigError, DataError, IncompleteError, MissingColumnError, OutputExistsError
+from scviaduct.storage import plan
 from scviaduct.storage.atlas import Atlas
 from scviaduct.storage.convert import convert
 from scviaduct.storage.prepare import prepare
-from scviaduct.storage.shuffle import Buckets, shuffle_keys
+from scviaduct.storage.shuffle import shuffle_keys
 from scviaduct.storage.simulate import Biology
 from scviaduct.storage.view import View
 
@@ -66,6 +68,11 @@ def stored(view: View) -> tuple[np.ndarray, np.ndarray, sp.csr_matrix]:
     arrays = [np.asarray(group[name][:]) for name in ("data", "indices", "indptr")]
     counts = sp.csr_matrix(tuple(arrays), shape=(view.n_rows, len(view.genes)))
     return np.asarray(group["source/dataset"][:]), np.asarray(group["source/row"][:]), counts
+
+
+def content(view: View) -> dict[str, bytes]:
+    """Every file of a view, byte for byte."""
+    return {p.relative_to(view.path).as_posix(): p.read_bytes() for p in view.path.rglob("*") if p.is_file()}
 
 
 def source_counts(files: dict[str, ad.AnnData], genes: tuple[str, ...]) -> list[np.ndarray]:
@@ -126,24 +133,6 @@ def test_the_order_is_a_random_permutation() -> None:
     # In a random order of 40,000, neighbours are uncorrelated and half of each quarter is of data set a (sd 50).
     assert abs(np.corrcoef(rank[:-1], rank[1:])[0, 1]) < 0.03
     assert all(abs((np.argsort(keys)[i : i + 10_000] < 20_000).sum() - 5000) < 300 for i in range(0, 40_000, 10_000))
-
-
-def test_buckets_give_the_same_order_however_many_there_are(folder: Path) -> None:
-    rng = np.random.default_rng(0)
-    records = np.zeros(500, [("key", np.uint64), ("nnz", np.int64)])
-    records["key"] = rng.integers(0, 2**64, 500, dtype=np.uint64)
-    counts = sp.csr_matrix(rng.poisson(0.5, (500, 9)).astype(np.uint32))
-    records["nnz"] = np.diff(counts.indptr)
-    for n_buckets in (1, 3, 64):
-        buckets = Buckets(folder / str(n_buckets), n_buckets, buffer_bytes=1000)
-        for start in range(0, 500, 70):
-            buckets.add(records[start : start + 70], counts[start : start + 70])
-        found = list(buckets.read(9))
-        order = np.argsort(records["key"])
-        assert len(found) == n_buckets
-        assert np.array_equal(np.concatenate([r for r, _ in found]), records[order])
-        assert np.array_equal(sp.vstack([c for _, c in found]).toarray(), counts[order].toarray())
-        assert not list((folder / str(n_buckets)).iterdir())
 
 
 @pytest.fixture(scope="module")
@@ -223,32 +212,59 @@ def test_cells_without_any_of_the_genes_leave_nothing_to_train_on(folder: Path) 
         prepare(make_atlas(folder, {"d": data}), genes=["g1"])
 
 
-@pytest.mark.parametrize("where", ["tree_digest", "write_json_atomic", "_publish", "_write"])
-def test_a_failure_leaves_no_view_and_the_next_run_makes_it(
+@pytest.mark.parametrize("where", ["planned", "spill", "write", "_digests", "write_json_atomic", "_publish"])
+def test_a_full_disk_is_told_and_the_next_run_goes_on(
     folder: Path, where: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     atlas = make_atlas(folder, two_files(5, (50, 40)))
+    expected = content(prepare(atlas, genes="all", name="undisturbed"))
 
     def fail(*_: object, **__: object) -> None:
-        raise OSError("No space left on device")
+        raise OSError(errno.ENOSPC, "No space left on device")
 
-    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space"):
+    with monkeypatch.context() as patch, pytest.raises(IncompleteError, match=r"disk of .* is full.* run the same"):
         patch.setattr(module, where, fail)
         prepare(atlas, genes="all")
-    assert not (atlas.path / "views").exists()
     with pytest.raises(IncompleteError, match="scviaduct prepare"):
         View.open(atlas.path)
-    assert prepare(atlas, genes="all").n_rows > 0
+    assert content(prepare(atlas, genes="all")) == expected
+    assert not list((atlas.path / "views").glob(".*"))
 
 
-def test_what_a_killed_run_left_is_cleared(folder: Path) -> None:
+def test_another_error_keeps_its_name_and_what_is_done(atlas: Atlas, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="Input/output error"):
+        patch.setattr(module, "write", fail)
+        prepare(atlas, genes=40, name="broken")
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "spill", fail)
+        patch.setattr(plan, "highly_variable_genes", fail)
+        assert prepare(atlas, genes=40, name="broken").n_rows > 0
+
+
+def test_what_another_run_left_is_not_taken_for_this_one(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     atlas = make_atlas(folder, two_files(5, (50, 40)))
-    left = atlas.path / "views/.default.partial/data/c"
-    left.mkdir(parents=True)
-    (left / "0").write_bytes(b"half")
+    expected = content(prepare(atlas, genes="all", name="undisturbed", seed=1))
+
+    def fail(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(module, "_publish", fail)
+        prepare(atlas, genes="all", seed=0)
+    assert (atlas.path / "views/.default.partial/view/view.json").exists()
+    assert content(prepare(atlas, genes="all", seed=1)) == expected
+
+
+def test_the_old_view_comes_back_when_a_run_was_killed_while_it_took_its_place(folder: Path) -> None:
+    atlas = make_atlas(folder, two_files(5, (50, 40)))
     view = prepare(atlas, genes="all")
-    view.verify()
-    assert not left.parents[1].exists()
+    written = (view.path / "view.json").stat().st_mtime_ns
+    view.path.rename(view.path.with_name(".default.old"))
+    assert prepare(atlas, genes="all").path.joinpath("view.json").stat().st_mtime_ns == written
+    assert os.listdir(view.path.parent) == ["default"]
 
 
 def test_marker_is_the_last_file_written(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,6 @@
 """read_query: genes by name, new batches, covariates that must be there, cells that can be mapped."""
 
+import warnings
 from pathlib import Path
 
 import anndata as ad
@@ -173,6 +174,31 @@ def test_duplicate_genes_are_refused(tmp_path: Path) -> None:
     data.var_names = [*GENES[:9], "g0"]
     with pytest.raises(DataError, match="g0"):
         query(tmp_path, data)
+
+
+def test_duplicate_genes_are_summed_on_request(tmp_path: Path) -> None:
+    data = cells()
+    whole = data.X.toarray()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # anndata's, of names that are not unique
+        data.var_names = [*GENES[:9], "g0"]
+    found = query(tmp_path, data, sum_duplicates=True)
+    np.testing.assert_array_equal(dense(found)[:, 0], whole[found.kept, 0] + whole[found.kept, 9])
+    assert found.match.missing == ("g9",)
+
+
+@pytest.mark.parametrize("version", [2, 3])
+def test_a_zarr_store_is_a_query_as_its_h5ad_is(tmp_path: Path, version: int) -> None:
+    data = cells()
+    with ad.settings.override(zarr_write_format=version), warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # anndata's and zarr's, of the format's version
+        data.write_zarr(tmp_path / "q.zarr")
+    one, other = query(tmp_path, data), read_query(tmp_path / "q.zarr", SCHEMA)
+    np.testing.assert_array_equal(dense(one), dense(other))
+    np.testing.assert_array_equal(one.batch.batch_index, other.batch.batch_index)
+    assert (one.id, one.schema.batch) == (other.id, other.schema.batch)
+    again = read_query(tmp_path / "q.zarr", SCHEMA)
+    assert one.sha256 != other.sha256 == again.sha256  # the same store has the same digest
 
 
 def test_a_floor_may_be_lowered(tmp_path: Path) -> None:

@@ -146,10 +146,46 @@ def test_what_reads_back_differently_is_not_published(
 
 def test_what_is_no_h5ad_is_refused(tmp_path: Path) -> None:
     (tmp_path / "text.h5ad").write_text("no")
-    with pytest.raises(UnreadableFileError, match=r"text\.h5ad cannot be opened"):
+    with pytest.raises(UnreadableFileError, match=r"text\.h5ad is a text file"):
         write_result(tmp_path / "text.h5ad", tmp_path / "out.h5ad", obsm={}, obs={})
     with pytest.raises(UnreadableFileError, match="does not exist"):
         write_result(tmp_path / "none.h5ad", tmp_path / "out.h5ad", obsm={}, obs={})
+
+
+def other_kind(folder: Path, kind: str) -> Path:
+    """A source that is no h5ad."""
+    counts = sp.csr_matrix(np.random.default_rng(1).poisson(1, (N_OBS, 6)).astype(np.float32))
+    if kind == "zarr":
+        obs = pd.DataFrame({"a": pd.Categorical(np.resize(["x", None], N_OBS))}, index=[f"c{i}" for i in range(N_OBS)])
+        data = ad.AnnData(counts, obs=obs, obsm={"X_pca": np.zeros((N_OBS, 2))})
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # anndata's and zarr's, of the format's version
+            data.write_zarr(folder / "source.zarr")
+        return folder / "source.zarr"
+    with h5py.File(folder / "source.h5", "w") as file:
+        group = file.create_group("matrix")
+        group.update({"data": counts.data.astype("i4"), "indices": counts.indices, "indptr": counts.indptr})
+        group.update({"shape": [6, N_OBS], "barcodes": np.array([f"c{i}" for i in range(N_OBS)], "S")})
+        group["features/id"] = np.array([f"g{i}" for i in range(6)], "S")
+    return folder / "source.h5"
+
+
+@pytest.mark.parametrize("kind", ["zarr", "10x"])
+def test_other_kinds_of_files_get_an_h5ad_of_cells_and_results(tmp_path: Path, kind: str) -> None:
+    source = other_kind(tmp_path, kind)
+    out = write_result(source, tmp_path / "out.h5ad", obsm={"X_scVI": LATENT}, obs=OBS)
+    result = ad.read_h5ad(out)
+    columns = ["a"] if kind == "zarr" else []
+    assert list(result.obs.columns) == [*columns, "type_pred", "type_uncertainty", "state"]
+    assert result.obs_names.tolist() == [f"c{i}" for i in range(N_OBS)]
+    assert result.shape == (N_OBS, 0) and result.X is None and set(result.obsm) == {"X_scVI"}
+    np.testing.assert_array_equal(result.obsm["X_scVI"], LATENT)
+    assert result.obs["type_pred"].tolist() == list(LABELS)
+    if kind == "zarr":
+        assert result.obs["a"].isna().tolist() == np.resize([False, True], N_OBS).tolist()
+        with pytest.raises(DataError, match=r"obs\['a'\] already"):
+            write_result(source, tmp_path / "again.h5ad", obsm={}, obs={"a": UNCERTAINTY})
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(["out.h5ad", source.name])
 
 
 def write_old_style(path: Path, *, text: np.dtype) -> None:

@@ -4,7 +4,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from scviaduct.errors import ConfigError
-from scviaduct.storage.sampler import Sampler, Split, keyed
+from scviaduct.storage import sampler as module
+from scviaduct.storage.sampler import Sampler, Split, StratifiedSplit, keyed
 
 SIZES = dict(
     n_rows=st.integers(1, 700),
@@ -18,7 +19,7 @@ SIZES = dict(
 def rows_of_step(sampler, epoch, step, rank=0, world_size=1):
     """Source rows of one rank's batch, in order."""
     out = []
-    for lane in sampler.request(epoch, step, rank, world_size):
+    for lane in sampler.request(epoch, range(step, step + 1), rank, world_size):
         for block, start, stop in lane:
             out += list(block * sampler.block_rows + sampler.rows_of(epoch.index, block)[start:stop])
     return [int(x) for x in out]
@@ -110,6 +111,66 @@ def test_split_is_not_a_contiguous_block():
     held = Split(0.1, 0).validation(np.arange(10_000))
     by_block = held.reshape(10, 1000).mean(1)
     assert by_block.min() > 0.05 and by_block.max() < 0.15
+
+
+@given(
+    codes=st.lists(st.integers(-1, 6), min_size=1, max_size=300),
+    fraction=st.sampled_from([0.0, 0.01, 0.1, 0.5, 0.9]),
+    seed=st.integers(0, 3),
+    at_once=st.sampled_from([7, 1 << 20]),
+)
+def test_a_stratified_split_holds_out_the_share_of_each_category(codes, fraction, seed, at_once):
+    codes = np.array(codes, np.int8)
+    rows, plain = np.arange(len(codes)), Split(fraction, seed)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "_HASH_ROWS", at_once)
+        split = StratifiedSplit(fraction, seed, codes=codes)
+        held = split.validation(rows)
+    for code in np.unique(codes):
+        mine = rows[codes == code]
+        wanted = int(np.floor(fraction * len(mine) + 0.5))
+        assert held[mine].sum() == wanted
+        by_hash = mine[np.argsort(plain._hash(mine))]
+        assert set(mine[held[mine]]) == set(by_hash[:wanted])  # so that only seed and codes decide
+    assert [split.validation(np.array([r]))[0] for r in rows] == held.tolist()  # a row at a time, in any blocks
+
+
+def test_a_stratified_split_of_many_categories_and_of_one():
+    rows = np.arange(50_000)
+    for codes in (np.random.default_rng(0).permutation(rows % 5_000).astype(np.int16), np.zeros(50_000, np.int8)):
+        held = StratifiedSplit(0.3, 1, codes=codes).validation(rows)
+        assert set(np.bincount(codes, held)) == {round(0.3 * np.bincount(codes)[0])}
+    shares = held.reshape(50, 1000).mean(1)
+    assert shares.min() > 0.2 and shares.max() < 0.4  # no block of rows
+
+
+@given(**SIZES, worlds=st.tuples(st.integers(1, 8), st.integers(1, 8)))
+def test_a_stratified_epoch_is_the_same_for_any_workers(worlds, **sizes):
+    codes = (np.arange(sizes["n_rows"]) % 3).astype(np.int8)
+    split = StratifiedSplit(0.4, 0, codes=codes)
+    if not (~split.validation(np.arange(sizes["n_rows"]))).any():
+        return
+    sampler = Sampler(**sizes, split=split)
+    a, b = (min(w, sampler.n_lanes) for w in worlds)
+    assert [flat(s) for s in rows_of_epoch(sampler, 1, a)] == [flat(s) for s in rows_of_epoch(sampler, 1, b)]
+    seen = flat(rows_of_epoch(sampler, 1, a))
+    assert sorted(seen) == np.flatnonzero(~split.validation(np.arange(sizes["n_rows"]))).tolist()
+
+
+@given(**SIZES, world_size=st.integers(1, 8), length=st.integers(1, 9))
+def test_neighbouring_steps_may_be_asked_for_at_once(world_size, length, **sizes):
+    sampler = Sampler(**sizes)
+    epoch, world_size = sampler.epoch(0), min(world_size, sampler.n_lanes)
+    steps = range(0, min(length, sampler.steps))
+    for rank in range(world_size):
+        lanes = sampler.request(epoch, steps, rank, world_size)
+        shares = sampler.shares(steps, rank, world_size)
+        assert shares.shape == (len(steps), len(lanes))
+        for v, lane in enumerate(lanes):
+            one_by_one = [sampler.request(epoch, range(s, s + 1), rank, world_size)[v] for s in steps]
+            assert [sum(x.stop - x.start for x in lane_at) for lane_at in one_by_one] == shares[:, v].tolist()
+            cells = [(b, r) for lane_at in one_by_one for b, start, stop in lane_at for r in range(start, stop)]
+            assert [(b, r) for b, start, stop in lane for r in range(start, stop)] == cells
 
 
 def test_an_empty_part_is_refused():

@@ -1,0 +1,225 @@
+"""PeakVI: Ashuach et al., PeakVI: A deep generative model for single-cell chromatin accessibility analysis, 2022.
+
+    z ~ N(0, I)                                            latent cell state
+    p = sigmoid(decoder(z, s))                             accessibility of each region in batch s
+    d = sigmoid(depth encoder(x)), f_r = sigmoid(rho_r)    depth of the cell, factor of the region
+    region r is seen ~ Bernoulli(p d f)                    whatever its count is
+
+q(z | x) is a normal whose mean and variance are networks of the counts, which need not be binary: as in scvi-tools only the
+likelihood looks no further than x > 0, and `encoder_input="binary"` makes the encoder do the same. Layers, constants and
+defaults are scvi-tools'. `Schema.genes` are the regions.
+
+The loss is the negative ELBO per cell. That of scvi-tools is n sum(-log p) + kl_weight sum(KL) for a batch of n cells:
+n**2 times ours at kl_weight / n. Its KL divergence therefore weighs 1/128 at its batch size of 128, and another amount at
+another size. Here the weight is what the caller says, and a batch may be spread over workers.
+
+On CPUs the first layer multiplies sparse counts, once for both encoders, and the (cells, regions) output of the decoder is
+the only array of that size (see bernoulli).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from scviaduct.errors import ConfigError
+from scviaduct.models.base import Losses, Model, require, require_range
+from scviaduct.models.bernoulli import Factors, bernoulli
+from scviaduct.models.counts import Cells
+from scviaduct.models.nets import CategoricalLinear, CountsLinear, FCLayers, Gaussian, Given, Hidden
+from scviaduct.models.noise import Noise
+from scviaduct.models.scvi import PLACES
+from scviaduct.schema import Batch, Schema
+
+LEAKY = 0.01
+"""torch's LeakyReLU."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PeakVIConfig:
+    """Options of PeakVI; names and defaults are those of scvi.model.PEAKVI."""
+
+    n_hidden: int | None = None
+    """Units of each hidden layer; None for the square root of the number of regions."""
+    n_latent: int | None = None
+    """Dimensions of the latent space; None for the square root of n_hidden."""
+    n_layers_encoder: int = 2
+    """Hidden layers of the encoder, and of the depth's."""
+    n_layers_decoder: int = 2
+    """Hidden layers of the decoder."""
+    dropout_rate: float = 0.1
+    """Share of hidden units left out in training, encoder of z only."""
+    model_depth: bool = True
+    """Whether each cell has a depth."""
+    region_factors: bool = True
+    """Whether each region has a factor."""
+    use_batch_norm: str = "none"
+    """Where to normalise over the batch: "none", "encoder", "decoder" or "both"."""
+    use_layer_norm: str = "both"
+    """Where to normalise over the units of a cell: "none", "encoder", "decoder" or "both"; the depth's encoder always does."""
+    latent_distribution: str = "normal"
+    """"normal", or "ln" for a softmax of it."""
+    deeply_inject_covariates: bool = False
+    """Whether every hidden layer of the decoder sees the covariates, not only the first."""
+    encode_covariates: bool = False
+    """Whether the encoders see batch and covariates too, not only the decoder."""
+    encoder_input: str = "counts"
+    """What the encoders see of a region: its "counts", as in scvi-tools, or only whether it has any ("binary")."""
+
+    def __post_init__(self) -> None:
+        require_sizes(self.n_hidden, self.n_latent)
+        require_range(self.n_layers_encoder, 1, 100, "n_layers_encoder")
+        require_range(self.n_layers_decoder, 1, 100, "n_layers_decoder")
+        require_range(self.dropout_rate, 0.0, 0.99, "dropout_rate")
+        require(self.use_batch_norm, PLACES, "use_batch_norm")
+        require(self.use_layer_norm, PLACES, "use_layer_norm")
+        require(self.latent_distribution, ("normal", "ln"), "latent_distribution")
+        require(self.encoder_input, ("counts", "binary"), "encoder_input")
+
+
+def require_sizes(n_hidden: int | None, n_latent: int | None) -> None:
+    """Raise ConfigError unless the widths are None or at least 1."""
+    for name, value in (("n_hidden", n_hidden), ("n_latent", n_latent)):
+        if value is not None:
+            require_range(value, 1, 100_000, name)
+
+
+def sizes(n_regions: int, n_hidden: int | None, n_latent: int | None) -> tuple[int, int]:
+    """The n_hidden and n_latent to use: the square root of the regions, and of that, where they are None."""
+    n_hidden = n_hidden or math.isqrt(n_regions)
+    return n_hidden, n_latent or math.isqrt(n_hidden)
+
+
+class PeakVI(Model):
+    """The model; see the module's docstring. `config` holds the widths that were chosen for its regions."""
+
+    Config = PeakVIConfig
+    obsm_key = "X_PeakVI"
+    config: PeakVIConfig
+
+    def __init__(self, schema: Schema, config: PeakVIConfig | None = None) -> None:
+        c, n_regions = config or PeakVIConfig(), len(schema.genes)
+        n_hidden, n_latent = sizes(n_regions, c.n_hidden, c.n_latent)
+        super().__init__(schema, replace(c, n_hidden=n_hidden, n_latent=n_latent))
+        n_continuous = len(schema.continuous)
+        encoder, decoder = self._hidden("encoder", n_hidden), self._hidden("decoder", n_hidden)
+        seen, both = n_continuous * c.encode_covariates, n_hidden * (1 + c.model_depth)
+        self.input = CountsLinear(n_regions, both, seen, encoder.n_categories, c.encoder_input)
+        self.encoder = FCLayers(Given(), encoder)
+        self.mean_and_log_var = nn.Linear(n_hidden, 2 * n_latent)
+        self.depth_encoder = FCLayers(Given(), self._hidden("depth", n_hidden)) if c.model_depth else None
+        self.depth_output = nn.Linear(n_hidden, 1) if c.model_depth else None
+        first = CategoricalLinear(n_latent + n_continuous, n_hidden, decoder.n_categories)
+        self.decoder = FCLayers(first, decoder)
+        self.output = nn.Linear(n_hidden, n_regions)
+        self.region_logits = nn.Parameter(torch.zeros(n_regions)) if c.region_factors else None
+
+    def _hidden(self, where: str, n_hidden: int) -> Hidden:
+        """Layers of the encoder, of the decoder, or of the depth's encoder, which has options of its own."""
+        c, encodes = self.config, where != "decoder"
+        seen = self.schema.covariates if c.encode_covariates or not encodes else ()
+        return Hidden(
+            n_hidden=n_hidden,
+            n_layers=c.n_layers_encoder if encodes else c.n_layers_decoder,
+            dropout_rate=c.dropout_rate if where == "encoder" else 0.0,
+            batch_norm=where != "depth" and c.use_batch_norm in (where, "both"),
+            layer_norm=where == "depth" or c.use_layer_norm in (where, "both"),
+            n_categories=tuple(len(covariate) for covariate in seen),
+            deep=where == "encoder" or (where == "decoder" and c.deeply_inject_covariates),
+            negative_slope=LEAKY,
+        )
+
+    def inference(self, cells: Cells, noise: Noise | None) -> tuple[Gaussian, Tensor | None]:
+        """q(z | x), and the (cells,) logit of the depth where it is modelled."""
+        h, *rest = self.input(cells, cells.codes).chunk(1 + self.config.model_depth, dim=1)
+        h = self.encoder(h.contiguous(), cells.codes, noise)
+        mean, log_var = self.mean_and_log_var(h).chunk(2, dim=1)
+        qz = Gaussian(mean, torch.exp(0.5 * log_var))
+        if self.depth_encoder is None or self.depth_output is None:
+            return qz, None
+        return qz, self.depth_output(self.depth_encoder(rest[0].contiguous(), cells.codes, None)).squeeze(1)
+
+    def generative(self, z: Tensor, cells: Cells) -> Tensor:
+        """(cells, n_hidden) what `output` turns into the regions' logits, from z (cells, n_latent)."""
+        if self.config.latent_distribution == "ln":
+            z = torch.softmax(z, 1)
+        if self.schema.continuous:
+            z = torch.cat([z, cells.continuous], 1)
+        return self.decoder(z, cells.codes, None)
+
+    def forward(self, batch: Batch, kl_weight: float = 1.0, noise: Noise | None = None) -> Losses:
+        """The negative ELBO of a batch."""
+        cells = Cells.of(batch, self.schema, self.device)
+        noise = noise or Noise(batch.seeds, self.device)
+        qz, depth = self.inference(cells, noise)
+        h = self.generative(qz.sample(noise), cells)
+        factors = Factors(depth, cast("Tensor | None", self.region_logits))
+        rec, kl = bernoulli(cells.counts, h, self.output.weight, self.output.bias, factors), qz.kl()
+        return Losses(rec.mean + kl_weight * kl.mean(), rec.total, kl.detach().sum(), batch.n_cells)
+
+    def encode(self, batch: Batch) -> Gaussian:
+        """q(z | x) of each cell, (cells, n_latent); under "ln" the normal before its softmax."""
+        with self.evaluating():
+            return self.inference(Cells.of(batch, self.schema, self.device), None)[0]
+
+    def accessibility(
+        self,
+        batch: Batch,
+        z: Tensor | None = None,
+        *,
+        normalize_cells: bool = False,
+        normalize_regions: bool = False,
+        transform_batch: int | None = None,
+        regions: Sequence[int] | None = None,
+    ) -> Tensor:
+        """(cells, regions) probability that a region is accessible, at the mean of q(z | x) unless z is given.
+
+        scvi-tools' get_normalized_accessibility. Under "ln" its decoder gets the mean without the softmax, ours with it.
+
+        Args:
+            batch: the cells.
+            z: (cells, n_latent) where to decode; under "ln" before the softmax.
+            normalize_cells: scale by the cells' depths, which brings the estimate closer to what is observed.
+            normalize_regions: scale by the regions' factors.
+            transform_batch: code of the batch to decode for; None for the cells' own.
+            regions: indices of the regions wanted; None for all.
+        """
+        chosen = slice(None) if regions is None else torch.as_tensor(regions, device=self.device)
+        with self.evaluating():
+            cells = Cells.of(batch, self.schema, self.device)
+            qz, depth = self.inference(cells, None)
+            if transform_batch is not None:
+                cells = replace(cells, codes=(torch.full_like(cells.codes[0], transform_batch), *cells.codes[1:]))
+            h = self.generative(qz.mean if z is None else z, cells)
+            p = torch.sigmoid(F.linear(h, self.output.weight[chosen], self.output.bias[chosen]))
+            if normalize_cells and depth is not None:
+                p = p * torch.sigmoid(depth).unsqueeze(1)
+            return p * self.region_factors()[chosen] if normalize_regions and self.config.region_factors else p
+
+    def depths(self, batch: Batch) -> Tensor:
+        """(cells,) depth of each cell, in (0, 1): scvi-tools' get_library_size_factors.
+
+        Raises:
+            ConfigError: the model has none.
+        """
+        with self.evaluating():
+            depth = self.inference(Cells.of(batch, self.schema, self.device), None)[1]
+        if depth is None:
+            raise ConfigError("This PeakVI has no depths; train one with model_depth=True")
+        return torch.sigmoid(depth)
+
+    def region_factors(self) -> Tensor:
+        """(regions,) factor of each region, in (0, 1): scvi-tools' get_region_factors.
+
+        Raises:
+            ConfigError: the model has none.
+        """
+        if self.region_logits is None:
+            raise ConfigError("This PeakVI has no region factors; train one with region_factors=True")
+        return torch.sigmoid(self.region_logits.detach())

@@ -1,0 +1,281 @@
+"""totalVI: Gayoso et al., Joint probabilistic modeling of single-cell multi-omic data with totalVI, Nature Methods 2021.
+
+    z ~ N(0, I)                                            latent cell state
+    x | z, s ~ NB(l softmax(f(z, s)), theta)               RNA counts, l the cell's total (or ZINB)
+    log b_p ~ N(alpha_ps, beta_ps)                         background of protein p in batch s
+    y_p | z, b_p, s ~ pi NB(e_ps b_p, phi) + (1 - pi) NB(e_ps b_p r, phi)
+                                                           protein counts: background, or foreground r(z, s) >= 1 times
+                                                           as high; e_ps is the batch's efficiency for the protein
+
+q(z | x, y) and q(b | z, s) are networks. Training maximises the ELBO; as in scvi-tools the proteins' likelihood is weighted
+by kl_weight as well, 1e-3 of -log P(foreground) is added, and the efficiencies have a log-normal prior.
+
+Proteins that a batch's panel does not measure (`Schema.measured`) take no part in that batch's loss and are 0 in the
+encoder's input; nothing else in the data decides what was measured, so a protein that is 0 in all cells of a batch
+because nothing bound is not mistaken for one that is missing. Defaults are scvi-tools'.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from scviaduct.errors import ConfigError
+from scviaduct.models.base import Losses, Model, require, require_range
+from scviaduct.models.counts import Cells
+from scviaduct.models.likelihoods import Decoded, reconstruction
+from scviaduct.models.nets import Blocks, CategoricalLinear, Columns, FCLayers, Gaussian, Hidden, reset
+from scviaduct.models.noise import Noise
+from scviaduct.models.scvi import PLACES
+from scviaduct.schema import Batch, Schema
+
+_EPS = 1e-8
+_VAR_EPS = 1e-4
+
+
+@dataclass(frozen=True, kw_only=True)
+class TotalVIConfig:
+    """Options of totalVI; names and defaults are those of scvi.model.TOTALVI."""
+
+    n_hidden: int = 256
+    """Units of each hidden layer."""
+    n_latent: int = 20
+    """Dimensions of the latent space."""
+    n_layers_encoder: int = 2
+    """Hidden layers of the encoder."""
+    n_layers_decoder: int = 1
+    """Hidden layers of each of the four decoders."""
+    dropout_rate_encoder: float = 0.2
+    """Share of the encoder's hidden units left out in training."""
+    dropout_rate_decoder: float = 0.2
+    """Share of the decoders' hidden units left out in training."""
+    gene_likelihood: str = "nb"
+    """Distribution of the RNA counts: "nb" or "zinb"."""
+    gene_dispersion: str = "gene"
+    """Inverse dispersion of genes per "gene" or "gene-batch"."""
+    protein_dispersion: str = "protein"
+    """Inverse dispersion of proteins per "protein" or "protein-batch"."""
+    encode_covariates: bool = True
+    """Whether the encoder sees batch and covariates too, not only the decoders."""
+    use_batch_norm: str = "both"
+    """Where to normalise over the batch: "none", "encoder", "decoder" or "both"."""
+    use_layer_norm: str = "none"
+    """Where to normalise over the units of a cell: "none", "encoder", "decoder" or "both"."""
+
+    def __post_init__(self) -> None:
+        for name in ("n_hidden", "n_latent", "n_layers_encoder", "n_layers_decoder"):
+            require_range(getattr(self, name), 1, 100_000, name)
+        for name in ("dropout_rate_encoder", "dropout_rate_decoder"):
+            require_range(getattr(self, name), 0.0, 0.99, name)
+        require(self.gene_likelihood, ("nb", "zinb"), "gene_likelihood")
+        require(self.gene_dispersion, ("gene", "gene-batch"), "gene_dispersion")
+        require(self.protein_dispersion, ("protein", "protein-batch"), "protein_dispersion")
+        require(self.use_batch_norm, PLACES, "use_batch_norm")
+        require(self.use_layer_norm, PLACES, "use_layer_norm")
+
+
+class TotalVIInput(nn.Module):
+    """The encoder's first layer: log1p of counts over (1 + their mean in the cell), genes sparse, proteins dense."""
+
+    def __init__(self, schema: Schema, width: int, n_continuous: int, n_categories: Sequence[int]) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(len(schema.genes), width))
+        self.proteins = nn.Parameter(torch.empty(len(schema.proteins), width))
+        self.continuous = nn.Parameter(torch.empty(n_continuous, width)) if n_continuous else None
+        self.bias = nn.Parameter(torch.empty(width))
+        self.columns = Blocks(n_categories, width)
+        reset(self, len(schema.genes) + len(schema.proteins) + n_continuous, self.columns)
+
+    def forward(self, cells: Cells, codes: Sequence[Tensor]) -> Tensor:
+        y = cells.proteins
+        y = torch.log1p(y / (1.0 + y.mean(1, keepdim=True)))
+        h = cells.counts.product(cells.counts.log1p_share_values, self.weight) + self.bias
+        h = torch.addmm(h, y, self.proteins)
+        if self.continuous is not None:
+            h = torch.addmm(h, cells.continuous, self.continuous)
+        return self.columns(h, codes)
+
+
+class Branch(nn.Module):
+    """One of the four decoders: hidden layers, then linear heads that see the hidden units, z and the covariates."""
+
+    def __init__(self, n_in: int, hidden: Hidden, heads: dict[str, int]) -> None:
+        super().__init__()
+        self.hidden = FCLayers(CategoricalLinear(n_in, hidden.n_hidden, hidden.n_categories), hidden)
+        width = hidden.n_hidden + n_in
+        self.heads = nn.ModuleDict({k: CategoricalLinear(width, n, hidden.n_categories) for k, n in heads.items()})
+
+    def forward(self, z: Tensor, codes: Sequence[Tensor], noise: Noise | None) -> dict[str, Tensor]:
+        both = torch.cat([self.hidden(z, codes, noise), z], 1)
+        return {name: head(both, codes) for name, head in self.heads.items()}
+
+
+class Proteins(NamedTuple):
+    """What the decoders say of the proteins of some cells, (cells, proteins) each."""
+
+    background: Gaussian
+    """log background rate."""
+    foreground: Tensor
+    """Foreground rate over background rate, at least 1."""
+    mixing: Tensor
+    """Logit of the probability of background."""
+    log_efficiency: Tensor
+    """Of the cell's batch."""
+    log_phi: Tensor
+    """Inverse dispersion: (proteins,) or (cells, proteins)."""
+
+
+class TotalVI(Model):
+    """The model; see the module's docstring."""
+
+    Config = TotalVIConfig
+    obsm_key = "X_totalVI"
+    config: TotalVIConfig
+    measured: Tensor
+
+    def __init__(self, schema: Schema, config: TotalVIConfig | None = None) -> None:
+        super().__init__(schema, config or TotalVIConfig())
+        if not schema.proteins:
+            raise ConfigError("totalVI needs protein counts; prepare a view with --proteins, e.g. --proteins protein_expression")
+        c, n_genes, n_proteins = self.config, len(schema.genes), len(schema.proteins)
+        n_in = c.n_latent + len(schema.continuous)
+        encoder, decoder = self._hidden("encoder", c.n_layers_encoder), self._hidden("decoder", c.n_layers_decoder)
+        first = TotalVIInput(schema, c.n_hidden, len(schema.continuous) * c.encode_covariates, encoder.n_categories)
+        self.encoder = FCLayers(first, encoder)
+        self.mean_and_log_var = nn.Linear(c.n_hidden, 2 * c.n_latent)
+        self.rna = Branch(n_in, decoder, {"scale": n_genes})
+        self.background = Branch(n_in, decoder, {"log_alpha": n_proteins, "log_beta": n_proteins})
+        self.foreground = Branch(n_in, decoder, {"scale": n_proteins})
+        zi = {"zi": n_genes} if c.gene_likelihood == "zinb" else {}
+        self.mixing = Branch(n_in, decoder, {"background": n_proteins} | zi)
+        self.px_r = self._table("batch" in c.gene_dispersion, torch.randn, n_genes)
+        self.py_r = self._table("batch" in c.protein_dispersion, lambda *shape: 2 * torch.rand(*shape), n_proteins)
+        self.background_mean = self._per_batch(3.0)
+        self.background_log_std = self._per_batch(0.0)
+        self.log_efficiency = self._per_batch(0.0)
+        self.register_buffer("measured", torch.tensor(schema.measured, dtype=torch.bool))
+
+    def _hidden(self, where: str, n_layers: int) -> Hidden:
+        c, encoder = self.config, where == "encoder"
+        seen = self.schema.covariates if c.encode_covariates or not encoder else ()
+        return Hidden(
+            n_hidden=c.n_hidden,
+            n_layers=n_layers,
+            dropout_rate=c.dropout_rate_encoder if encoder else c.dropout_rate_decoder,
+            batch_norm=c.use_batch_norm in (where, "both"),
+            layer_norm=c.use_layer_norm in (where, "both"),
+            n_categories=tuple(len(covariate) for covariate in seen),
+            deep=True,
+        )
+
+    def _table(self, per_batch: bool, start: Any, width: int) -> nn.Module | nn.Parameter:  # noqa: FBT001
+        if not per_batch:
+            return nn.Parameter(start(width))
+        columns = Columns(0, len(self.schema.batch), width, single=True)
+        columns.weight = nn.Parameter(start(len(self.schema.batch), width))
+        return columns
+
+    def _per_batch(self, value: float) -> Columns:
+        """A number for each batch and protein."""
+        columns = Columns(0, len(self.schema.batch), len(self.schema.proteins), single=True)
+        nn.init.constant_(cast(Tensor, columns.weight), value)
+        return columns
+
+    def set_background_prior(self, mean: Tensor, std: Tensor) -> None:
+        """Start the prior of the log background at (batches, proteins) means and standard deviations."""
+        with torch.no_grad():
+            cast(Tensor, self.background_mean.weight).copy_(mean)
+            cast(Tensor, self.background_log_std.weight).copy_(torch.log(std))
+
+    def adopt(self, schema: Schema) -> None:
+        """Take an extension of the schema, with the panels of its new batches."""
+        super().adopt(schema)
+        self.register_buffer("measured", torch.tensor(schema.measured, dtype=torch.bool, device=self.device))
+
+    def inference(self, cells: Cells, noise: Noise | None) -> Gaussian:
+        """q(z | x, y)."""
+        mean, log_var = self.mean_and_log_var(self.encoder(cells, cells.codes, noise)).chunk(2, dim=1)
+        return Gaussian(mean, torch.sqrt(torch.exp(log_var) + _VAR_EPS))
+
+    def generative(self, z: Tensor, cells: Cells, noise: Noise | None) -> tuple[Decoded, Proteins]:
+        """p(x | z, s) and what makes p(y | z, b, s), from z (cells, latent)."""
+        if self.schema.continuous:
+            z = torch.cat([z, cells.continuous], 1)
+        codes = cells.codes
+        rna, back = self.rna(z, codes, noise), self.background(z, codes, noise)
+        fore, mixing = self.foreground(z, codes, noise), self.mixing(z, codes, noise)
+        explicit = self.schema.size_factor is not None
+        library = torch.log(cells.size_factor if explicit else cells.counts.total)
+        px = Decoded(rna["scale"], library, _rows(self.px_r, codes), mixing.get("zi"), explicit)
+        py = Proteins(
+            Gaussian(back["log_alpha"], F.softplus(back["log_beta"]) + _EPS),
+            F.relu(fore["scale"]) + 1.0 + _EPS,
+            mixing["background"],
+            _rows(self.log_efficiency, codes),
+            _rows(self.py_r, codes),
+        )
+        return px, py
+
+    def forward(self, batch: Batch, kl_weight: float = 1.0, noise: Noise | None = None) -> Losses:
+        """The negative ELBO of a batch."""
+        cells = Cells.of(batch, self.schema, self.device)
+        noise = noise or Noise(batch.seeds, self.device)
+        qz = self.inference(cells, noise)
+        px, py = self.generative(qz.sample(noise), cells, noise)
+        rec = reconstruction(self.config.gene_likelihood, cells.counts, px)
+        seen = self.measured[cells.codes[0]]
+        log_background = py.background.sample(noise)
+        proteins = torch.where(seen, _mixture_nll(cells.proteins, log_background, py), 0.0).sum(1)
+        kl = qz.kl() + self._background_kl(py, cells, seen)
+        return Losses(
+            rec.mean + kl_weight * (proteins + kl).mean(),
+            rec.total + proteins.detach().sum(),
+            kl.detach().sum(),
+            batch.n_cells,
+            {"proteins": (kl_weight - 1.0) * proteins.detach().sum()},
+        )
+
+    def _background_kl(self, py: Proteins, cells: Cells, seen: Tensor) -> Tensor:
+        """(cells,) KL of the background to its prior, the efficiencies' prior, and the pull towards foreground."""
+        mean = _rows(self.background_mean, cells.codes)
+        log_std = _rows(self.background_log_std, cells.codes)
+        q = py.background
+        kl = log_std - torch.log(q.std) + 0.5 * ((q.std**2 + (q.mean - mean) ** 2) * torch.exp(-2 * log_std) - 1.0)
+        efficiency = py.log_efficiency + 0.5 * py.log_efficiency**2 + 0.5 * math.log(2 * math.pi)
+        return (torch.where(seen, kl, 0.0) + efficiency + 1e-3 * F.softplus(-py.mixing)).sum(1)
+
+    def encode(self, batch: Batch) -> Gaussian:
+        """q(z | x, y) of each cell, (cells, n_latent)."""
+        with self.evaluating():
+            return self.inference(Cells.of(batch, self.schema, self.device), None)
+
+
+def _rows(table: nn.Module | Tensor, codes: Sequence[Tensor]) -> Tensor:
+    """A number per feature, or the row of each cell's batch."""
+    if not isinstance(table, Columns):
+        return cast(Tensor, table)
+    return F.embedding(codes[0], cast(Tensor, table.table()))
+
+
+def _mixture_nll(y: Tensor, log_background: Tensor, py: Proteins) -> Tensor:
+    """(cells, proteins) -log of the mixture of two negative binomials with one dispersion.
+
+    log(pi NB1 + (1 - pi) NB2) = logsumexp(log NB1, log NB2 - m) - softplus(-m) with m = logit pi.
+    """
+    mu1 = torch.exp(py.log_efficiency + log_background)
+    mu2 = mu1 * py.foreground
+    phi = torch.exp(py.log_phi)
+    shared = torch.lgamma(y + phi) - torch.lgamma(phi) - torch.lgamma(y + 1)
+    both = [
+        phi * (torch.log(phi + _EPS) - torch.log(phi + mu + _EPS))
+        + y * (torch.log(mu + _EPS) - torch.log(phi + mu + _EPS))
+        for mu in (mu1, mu2)
+    ]
+    mixed = torch.logsumexp(torch.stack([both[0], both[1] - py.mixing]), 0)
+    return -(shared + mixed - F.softplus(-py.mixing))

@@ -1,0 +1,209 @@
+"""The second half of preparing: sorted files become one order of all cells, written as the arrays of a view.
+
+Range by range of keys the cells of all files are read, sorted and appended, while the next range is read and the last
+shards are compressed. Everything that is written is a function of the cells: the memory decides only how many ranges
+are taken at once.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor, Future
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import zarr
+from numpy.typing import NDArray
+
+from scviaduct.errors import IncompleteError
+from scviaduct.storage.arrays import Codec, make_array, make_group
+from scviaduct.storage.columns import Column, Tally
+from scviaduct.storage.shuffle import RANGES, gather
+from scviaduct.storage.spill import Cells, Totals, index_dtype
+from scviaduct.storage.tasks import cores, in_order
+from scviaduct.storage.view import array_name
+
+_CHUNK, _CHUNKS_PER_SHARD = 65_536, 128
+"""Non-zeros decoded at once, about a fifth of a block of 1,024 cells, so that little is decoded in vain."""
+_BLOCKS_PER_SHARD = 256
+_BUCKETS_HELD = 24
+"""The memory over that of a bucket: up to three are held sorted and two while they are sorted; shards are beside."""
+
+
+class Sorted(Protocol):
+    """Cells that are sorted by key."""
+
+    totals: Totals
+    borders: NDArray[np.int64]
+    """(RANGES + 1, 2) cells and non-zeros before each range of keys."""
+
+    def read(self, first: int, last: int) -> Cells:
+        """The cells whose keys lie in the ranges `first` to `last`, in their order."""
+        ...
+
+
+@dataclass(frozen=True)
+class Form:
+    """What decides how a view is stored, besides the cells."""
+
+    columns: tuple[Column, ...]
+    n_genes: int
+    block_rows: int
+    codec: Codec
+
+
+def total(parts: Sequence[Sorted]) -> Totals:
+    """The totals of all parts."""
+    fields = np.array([part.totals for part in parts], np.int64).reshape(-1, 5)
+    sums = Totals(*fields.sum(axis=0).tolist())
+    return sums._replace(largest=int(fields[:, 3].max(initial=0)))
+
+
+def write(
+    path: Path, parts: Sequence[Sorted], form: Form, *, memory: int, pool: Executor, on_cells: Callable[[int], None]
+) -> list[Tally]:
+    """Write the arrays of a view, of the cells of all parts in the order of their keys; what the columns contain.
+
+    Cells with equal keys (of different data sets) stand in the order of the parts. `on_cells` is told how many cells
+    have been written. Raises IncompleteError when non-zeros are lost.
+    """
+    expected, nnz, counted = total(parts), 0, 0
+    tallies = [Tally(column) for column in form.columns]
+    shards = _Shards(pool)
+    writers = _writers(path, expected, form, shards)
+    writers["indptr"].append(np.zeros(1, np.int64))
+    for records, indices, data in _ordered(parts, memory, pool):
+        writers["data"].append(data)
+        writers["indices"].append(indices)
+        writers["indptr"].append(nnz + np.cumsum(records["nnz"], dtype=np.int64))
+        writers["source/dataset"].append(records["dataset"])
+        writers["source/row"].append(records["row"])
+        for i, tally in enumerate(tallies):
+            writers[array_name(tally.column.name)].append(records[f"obs{i}"])
+            tally.add(records[f"obs{i}"], records["dataset"], records["row"])
+        nnz += len(data)
+        counted += int(data.sum(dtype=np.int64))
+        on_cells(writers["source/row"].position)
+    for writer in writers.values():
+        writer.close()
+    shards.wait()
+    if (nnz, counted) != (expected.nnz, expected.sum):
+        raise IncompleteError(f"{path}: {expected.nnz - nnz} non-zeros were lost between shuffling and writing.")
+    return tallies
+
+
+def _ordered(parts: Sequence[Sorted], memory: int, pool: Executor) -> Iterator[Cells]:
+    """All cells in the order of their keys; the next bucket is read and sorted while one is written."""
+    yield from in_order(pool, partial(_bucket, parts), _buckets(parts, memory), ahead=2)
+
+
+def _buckets(parts: Sequence[Sorted], memory: int) -> list[tuple[int, int]]:
+    """Runs of key ranges whose cells take at most a share of the memory; a single range may take more."""
+    n_bytes = np.zeros(RANGES)
+    for part in parts:
+        cells, nnz = np.diff(part.borders, axis=0).T
+        n_bytes += cells * 100 + nnz * 4  # u16 counts and indices; records are 28 bytes and the obs columns
+    buckets, first, held = [], 0, 0.0
+    for r, size in enumerate(n_bytes):
+        if held and held + size > memory / _BUCKETS_HELD:
+            buckets.append((first, r))
+            first, held = r, 0.0
+        held += size
+    return [*buckets, (first, RANGES)]
+
+
+def _bucket(parts: Sequence[Sorted], ranges: tuple[int, int]) -> Cells:
+    """The cells of some key ranges from all parts, sorted."""
+    pieces = [part.read(*ranges) for part in parts if np.ptp(part.borders[list(ranges), 0])]
+    if not pieces:
+        pieces = [parts[0].read(*ranges)]
+    records, indices, data = (np.concatenate(arrays) for arrays in zip(*pieces, strict=True))
+    del pieces
+    order = np.argsort(records["key"], kind="stable")
+    indptr = np.concatenate([[0], np.cumsum(records["nnz"], dtype=np.int64)])
+    if indptr[-1] != len(indices):
+        raise IncompleteError(f"{len(indices) - indptr[-1]} non-zeros belong to no cell: run scviaduct prepare again.")
+    ordered = np.empty_like(indices), np.empty_like(data)
+    gather(order, indptr, indices, data, *ordered)
+    return records[order], *ordered
+
+
+class _Shards:
+    """Shards that are being compressed and written, a few at a time: each is held in memory until it is."""
+
+    def __init__(self, pool: Executor) -> None:
+        self._pool, self._most = pool, cores() + 1
+        self._pending: deque[Future[None]] = deque()
+
+    def write(self, array: zarr.Array, position: int, values: NDArray[Any]) -> None:
+        while len(self._pending) >= self._most:
+            self._pending.popleft().result()
+        self._pending.append(self._pool.submit(_store, array, position, values))
+
+    def wait(self) -> None:
+        while self._pending:
+            self._pending.popleft().result()
+
+
+def _store(array: zarr.Array, position: int, values: NDArray[Any]) -> None:
+    array[position : position + len(values)] = values
+
+
+class _Writer:
+    """Appends to a 1-D array in whole shards."""
+
+    def __init__(self, array: zarr.Array, shards: _Shards) -> None:
+        self._array, self._shards, self.position = array, shards, 0
+        self._shard = self._empty()
+        self._filled = 0
+
+    def append(self, values: NDArray[Any]) -> None:
+        """Take values; a shard that is full is written."""
+        while len(values):
+            n = min(len(values), len(self._shard) - self._filled)
+            if not n:
+                raise IncompleteError(f"{self._array.path}: more than {self._array.shape[0]} values came.")
+            self._shard[self._filled : self._filled + n] = values[:n]
+            self._filled, self.position, values = self._filled + n, self.position + n, values[n:]
+            if self._filled == len(self._shard):
+                self._shards.write(self._array, self.position - self._filled, self._shard)
+                self._shard, self._filled = self._empty(), 0
+
+    def close(self) -> None:
+        """Raises IncompleteError when values are missing."""
+        if self.position != self._array.shape[0]:
+            raise IncompleteError(f"{self._array.path}: {self.position} of {self._array.shape[0]} values were written.")
+
+    def _empty(self) -> NDArray[Any]:
+        shard = self._array.shards[0]  # type: ignore[index]
+        return np.empty(min(shard, self._array.shape[0] - self.position), self._array.dtype)
+
+
+def _writers(path: Path, cells: Totals, form: Form, waiting: _Shards) -> dict[str, _Writer]:
+    """One writer for each array of a view. No stored value equals its array's fill value."""
+    count, index, int64 = np.min_scalar_type(cells.largest), index_dtype(form.n_genes), np.dtype(np.int64)
+    for group in (path, path / "source", path / "obs"):
+        make_group(group)
+
+    def array(name: str, length: int, dtype: np.dtype, fill: float, chunk: int, per_shard: int) -> _Writer:
+        shards = (chunk * per_shard,)
+        made = make_array(
+            path / name, shape=(length,), dtype=dtype, chunks=(chunk,), shards=shards, fill=fill, codec=form.codec
+        )
+        return _Writer(made, waiting)
+
+    def of_cells(name: str, dtype: np.dtype, fill: float) -> _Writer:
+        return array(name, cells.cells, dtype, fill, form.block_rows, _BLOCKS_PER_SHARD)
+
+    return {
+        "data": array("data", cells.nnz, count, 0, _CHUNK, _CHUNKS_PER_SHARD),
+        "indices": array("indices", cells.nnz, index, np.iinfo(index).max, _CHUNK, _CHUNKS_PER_SHARD),
+        "indptr": array("indptr", cells.cells + 1, int64, -1, form.block_rows, _BLOCKS_PER_SHARD),
+        "source/dataset": of_cells("source/dataset", np.dtype(np.int32), -1),
+        "source/row": of_cells("source/row", int64, -1),
+        **{array_name(c.name): of_cells(array_name(c.name), c.dtype, c.fill) for c in form.columns},
+    }

@@ -1,0 +1,166 @@
+"""Where a store lies: a folder of this machine, or a prefix of an object store (s3://, gs://, …), read by the same code.
+
+Objects are only read, by ranges and many at once. What an object store needs to know besides the address (keys, region,
+endpoint) is taken from the environment, as its own tools do.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+from upath import UPath
+
+from scviaduct.errors import ConfigError, UnreadableFileError
+from scviaduct.storage.memory import Allocate
+
+Place: TypeAlias = Path | UPath
+
+IN_FLIGHT = 64
+"""Requests that one process has under way at most."""
+
+_URL = re.compile(r"([a-z][a-z0-9+.-]+):/+(?=[^/])", re.IGNORECASE)  # a scheme of one letter is a drive of Windows
+_DRIVERS = {"s3": "'scviaduct[s3]'", "gs": "gcsfs", "gcs": "gcsfs", "az": "adlfs", "abfs": "adlfs"}
+_OPTIONS: dict[str, dict[str, Any]] = {"s3": {"config_kwargs": {"max_pool_connections": IN_FLIGHT}}}  # botocore's is 10
+
+
+def place(path: str | Path | UPath) -> Place:
+    """The path of a local folder as it is, or the UPath of an address such as s3://bucket/atlas.zarr.
+
+    A pathlib.Path made of an address has lost one of its slashes ("s3:/bucket"); it is understood all the same.
+
+    Raises ConfigError when the address is of no known kind, or its driver is not installed.
+    """
+    if isinstance(path, UPath) and not isinstance(path, Path):
+        return path
+    text = str(path)
+    found = _URL.match(text)
+    if not found:
+        return Path(path)
+    scheme, rest = found[1].lower(), text[found.end() :]
+    if scheme == "file":
+        return Path("/" + rest)
+    try:
+        # objects change behind our back: no listing is remembered
+        there = UPath(f"{scheme}://{rest}", use_listings_cache=False, **_OPTIONS.get(scheme, {}))
+        _ = there.fs
+    except ImportError as error:
+        raise ConfigError(
+            f"Reading {text} needs a driver: pip install {_DRIVERS.get(scheme, str(error))}, or copy it here first."
+        ) from None
+    except ValueError as error:
+        raise ConfigError(f"{text} is neither a local path nor the address of a known object store: {error}.") from None
+    return there
+
+
+def is_remote(path: str | Path | UPath) -> bool:
+    """Whether a path is the address of an object store."""
+    return not isinstance(place(path), Path)
+
+
+def local(path: str | Path | UPath, what: str) -> Path:
+    """A path of this machine; ConfigError for an address, because `what` ("The atlas") must be written or kept here."""
+    found = place(path)
+    if isinstance(found, Path):
+        return found
+    raise ConfigError(
+        f"{what} cannot be {found}: only reading works on object stores. Use a local path, and copy what must go there "
+        f"(aws s3 sync LOCAL {found}, s5cmd, gcloud storage rsync)."
+    )
+
+
+def absolute(path: str | Path | UPath) -> Place:
+    """The place, independent of the current folder."""
+    found = place(path)
+    return found.absolute() if isinstance(found, Path) else found
+
+
+def exists(path: Place) -> bool:
+    """Whether there is something at a place; UnreadableFileError when its object store does not answer."""
+    if isinstance(path, Path):
+        return path.exists()
+    try:
+        return path.exists()
+    except Exception as error:
+        # each store's driver has errors of its own; most are about keys, names or the network
+        raise UnreadableFileError(
+            f"{path} cannot be reached: {type(error).__name__}: {error}. Check the address and the environment "
+            "(for S3: AWS_PROFILE or AWS_ACCESS_KEY_ID, AWS_REGION, AWS_ENDPOINT_URL; public data: FSSPEC_S3_ANON=true)."
+        ) from error
+
+
+def file_sizes(directory: Place, names: Iterable[str]) -> dict[str, int]:
+    """Bytes of those of the named files that exist; object stores are listed once."""
+    if isinstance(directory, Path):
+        files = {name: directory / name for name in names}
+        return {name: file.stat().st_size for name, file in files.items() if file.is_file()}
+    prefix = directory.path.rstrip("/") + "/"
+    listed: dict[str, dict[str, Any]] = directory.fs.find(prefix, detail=True)
+    found = {path.removeprefix(prefix): int(facts["size"]) for path, facts in listed.items()}
+    return {name: found[name] for name in names if name in found}
+
+
+class Span(NamedTuple):
+    """Bytes [start, stop) of a file below some folder; to its end where `stop` is None; from its end where start < 0."""
+
+    name: str
+    start: int
+    stop: int | None = None
+
+
+def read_spans(root: Place, spans: Sequence[Span], allocate: Allocate = np.empty) -> list[NDArray[np.uint8]]:
+    """The bytes of all spans; from an object store they are requested at once.
+
+    Raises FileNotFoundError, with the span's name as its filename, when a file is gone; ValueError when it is too
+    short; and what the store's driver raises.
+    """
+    if isinstance(root, Path):
+        return [_read_local(root, span, allocate) for span in spans]
+    if not spans:
+        return []
+    paths = [f"{root.path}/{span.name}" for span in spans]
+    starts, stops = [s.start for s in spans], [s.stop for s in spans]
+    found = root.fs.cat_ranges(paths, starts, stops, batch_size=IN_FLIGHT)  # errors come in the places of contents
+    return [_as_array(span, content) for span, content in zip(spans, found, strict=True)]
+
+
+def _as_array(span: Span, content: bytes | Exception) -> NDArray[np.uint8]:
+    if isinstance(content, FileNotFoundError):
+        raise _gone(span) from content
+    if isinstance(content, Exception):
+        raise content
+    wanted = -span.start if span.start < 0 else len(content) if span.stop is None else span.stop - span.start
+    _require_length(span, len(content), wanted)
+    return np.frombuffer(content, np.uint8)
+
+
+def _read_local(root: Path, span: Span, allocate: Allocate) -> NDArray[np.uint8]:
+    try:
+        descriptor = os.open(root / span.name, os.O_RDONLY)
+    except FileNotFoundError as error:
+        raise _gone(span) from error
+    try:
+        size = os.fstat(descriptor).st_size
+        start = max(0, size + span.start) if span.start < 0 else span.start
+        stop = size if span.stop is None else span.stop
+        buffer = allocate(max(0, stop - start), np.uint8)
+        got = os.preadv(descriptor, [buffer.data], start) if buffer.size else 0
+    finally:
+        os.close(descriptor)
+    _require_length(span, got, -span.start if span.start < 0 else stop - start)
+    return buffer
+
+
+def _gone(span: Span) -> FileNotFoundError:
+    return FileNotFoundError(errno.ENOENT, "is missing", span.name)
+
+
+def _require_length(span: Span, has: int, wanted: int) -> None:
+    if has != wanted:
+        raise ValueError(f"{span.name} is too short: {has:,} bytes where {wanted:,} are expected")
