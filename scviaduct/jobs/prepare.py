@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from cyclopts import Parameter
 
 from scviaduct.jobs.display import Steps, output
 
@@ -24,7 +26,7 @@ def command(
     min_counts: int = 0,
     min_genes: int = 0,
     max_mito: float | None = None,
-    is_primary_data: bool = False,
+    is_primary_data: Annotated[bool, Parameter(negative="")] = False,
     seed: int = 0,
     codec: Literal["lz4", "zstd", "none"] = "lz4",
     memory: str = "2GB",

@@ -1,19 +1,21 @@
 """Zarr arrays as this package makes them: the same values give the same bytes, and what a kill leaves can be continued.
 
-Metadata files are written in one step. Values go through zarrs with one thread for each array: with more it puts the
-chunks of a shard into the file in the order in which they get ready, and two runs would differ.
+Metadata files are written in one step. 1-D shards are encoded here, chunk after chunk. zarrs is for reading: with more
+than one thread it puts chunks into a shard in the order in which they get ready, and with one it still wrote other
+(valid) bytes for the same values in 4 of some 200 stores (docs/decisions/0011).
 """
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
+import google_crc32c
 import numpy as np
 import zarr
+from numcodecs import Blosc
 from numpy.typing import NDArray
 from zarr.codecs import BloscCodec, Crc32cCodec
 
@@ -28,8 +30,16 @@ METADATA = "zarr.json"
 Codec: TypeAlias = Literal["zstd", "lz4", "none"]
 Attributes: TypeAlias = Mapping[str, Any]
 
+# One block a chunk: blosc's own choice, 32 KB, costs a quarter more to encode and two thirds more to decode.
+_BLOSC: dict[str, dict[str, Any]] = {
+    "zstd": {"cname": "zstd", "clevel": 1, "shuffle": "shuffle", "blocksize": 2**18},
+    "lz4": {"cname": "lz4", "clevel": 3, "shuffle": "shuffle", "blocksize": 0},
+}
+
 _ZARRS = {"codec_pipeline.path": "zarrs.ZarrsCodecPipeline"}
-_ONE_THREAD = {"threading.max_workers": 1, "codec_pipeline.chunk_concurrent_maximum": 1, "async.concurrency": 1}
+_PYTHON = {"codec_pipeline.path": "zarr.core.codec_pipeline.BatchedCodecPipeline"}
+_ABSENT = 2**64 - 1
+"""Offset and size of a chunk that is not in a shard."""
 
 
 def open_array(path: Path, mode: Literal["r", "r+"] = "r") -> zarr.Array:
@@ -43,23 +53,28 @@ def open_group(path: Path) -> zarr.Group:
     return zarr.open_group(path, mode="r", zarr_format=3)
 
 
-@contextmanager
-def deterministic() -> Iterator[None]:
-    """Arrays that are made or opened inside the block are written by zarrs with one thread each."""
-    with zarr.config.set({"threading.max_workers": 32}):
-        zarr.create_group({})  # zarr's pool keeps the first number it meets for good, and one thread would serve all
-    with zarr.config.set({**_ZARRS, **_ONE_THREAD}):
-        yield
-
-
 def codecs(codec: Codec) -> list[BloscCodec | Crc32cCodec]:
     """How chunks are compressed: "zstd" for data sets, "lz4" for views, "none" for disks faster than lz4."""
-    shuffled = {
-        # One block a chunk: blosc's own choice, 32 KB, costs a quarter more to encode and two thirds more to decode.
-        "zstd": BloscCodec(cname="zstd", clevel=1, shuffle="shuffle", blocksize=2**18),
-        "lz4": BloscCodec(cname="lz4", clevel=3, shuffle="shuffle"),
-    }
-    return [*([shuffled[codec]] if codec in shuffled else []), Crc32cCodec()]
+    return [*([BloscCodec(**_BLOSC[codec])] if codec in _BLOSC else []), Crc32cCodec()]  # type: ignore[arg-type]
+
+
+def encode_shard(values: NDArray[Any], *, chunk: int, per_shard: int, fill: Any, codec: Codec = "zstd") -> bytes:
+    """A shard of a 1-D array: chunks of `chunk` values in order, the last one filled up, and their index at the end."""
+    options = _BLOSC.get(codec)
+    blosc = options and Blosc(options["cname"], options["clevel"], Blosc.SHUFFLE, options["blocksize"])
+    index, parts, offset = np.full((per_shard, 2), _ABSENT, "<u8"), [], 0
+    for number, start in enumerate(range(0, len(values), chunk)):
+        part = values[start : start + chunk]
+        if len(part) < chunk:
+            part = np.concatenate([part, np.full(chunk - len(part), fill, part.dtype)])
+        parts.append(_checked(blosc.encode(part) if blosc else part.tobytes()))
+        index[number] = offset, len(parts[-1])
+        offset += len(parts[-1])
+    return b"".join([*parts, _checked(index.tobytes())])
+
+
+def _checked(content: bytes) -> bytes:
+    return content + google_crc32c.value(content).to_bytes(4, "little")
 
 
 def make_group(path: Path, attributes: Attributes | None = None) -> None:
@@ -80,7 +95,7 @@ def make_array(
     codec: Codec = "zstd",
     attributes: Attributes | None = None,
 ) -> zarr.Array:
-    """An array at `path`, open for writing; chunks that are there already stay, and belong to it."""
+    """An array at `path`, open for writing by zarr-python itself; chunks that are there stay, and belong to it."""
     files: dict[str, Any] = {}
     zarr.create_array(
         files,
@@ -94,7 +109,7 @@ def make_array(
         zarr_format=3,
     )
     _write_metadata(path, files)
-    with deterministic():
+    with zarr.config.set(_PYTHON):
         return zarr.open_array(path, mode="r+", zarr_format=3)
 
 
@@ -159,7 +174,7 @@ class Growing:
 
     def close(self) -> None:
         """Write what is left, and take the final name."""
-        self._array = self._make(self.dtype, len(self))
+        self._make(self.dtype, len(self))
         if self._n:
             self._write()
         self.drop_old()
@@ -177,11 +192,11 @@ class Growing:
         return [folder / METADATA, *(folder / "c" / str(i) for i in range(self._whole // SHARD))]
 
     def _start(self, dtype: np.dtype) -> None:
-        self._array = self._make(dtype, 2**31 * SHARD)  # no metadata are written again until the length is known
+        self._make(dtype, 2**31 * SHARD)  # no metadata are written again until the length is known
         self._buffer, self._n = np.empty(SHARD, dtype), 0
 
-    def _make(self, dtype: np.dtype, length: int) -> zarr.Array:
-        return make_array(
+    def _make(self, dtype: np.dtype, length: int) -> None:
+        make_array(
             _building(self._path, dtype),
             shape=(length,),
             dtype=dtype,
@@ -192,14 +207,19 @@ class Growing:
         )
 
     def _write(self) -> None:
-        self._array[self._whole : self._whole + self._n] = self._buffer[: self._n]
+        content = encode_shard(
+            self._buffer[: self._n], chunk=CHUNK, per_shard=SHARD // CHUNK, fill=self._fill, codec=self._codec
+        )
+        file = _building(self._path, self.dtype) / "c" / str(self._whole // SHARD)
+        file.parent.mkdir(exist_ok=True)
+        file.write_bytes(content)
         self._whole, self._n = self._whole + self._n, 0
 
     def _widen(self, dtype: np.dtype) -> None:
         """Copy the shards written so far into an array of a type that holds `dtype`, unless this one does."""
         if dtype.itemsize <= self.dtype.itemsize:
             return
-        old, tail, whole = self._array, self._buffer[: self._n], self._whole
+        old, tail, whole = open_array(_building(self._path, self.dtype)), self._buffer[: self._n], self._whole
         self._start(dtype)
         self._whole = 0
         for start in range(0, whole, SHARD):

@@ -13,14 +13,14 @@ from concurrent.futures import Executor, Future
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import zarr
 from numpy.typing import NDArray
 
 from scviaduct.errors import IncompleteError
-from scviaduct.storage.arrays import Codec, make_array, make_group
+from scviaduct.storage.arrays import Codec, encode_shard, make_array, make_group
 from scviaduct.storage.columns import Column, Tally
 from scviaduct.storage.shuffle import RANGES, gather
 from scviaduct.storage.spill import Cells, Totals, index_dtype
@@ -132,6 +132,14 @@ def _bucket(parts: Sequence[Sorted], ranges: tuple[int, int]) -> Cells:
     return records[order], *ordered
 
 
+class Shard(NamedTuple):
+    """One file of an array."""
+
+    array: zarr.Array
+    codec: Codec
+    path: Path
+
+
 class _Shards:
     """Shards that are being compressed and written, a few at a time: each is held in memory until it is."""
 
@@ -139,48 +147,58 @@ class _Shards:
         self._pool, self._most = pool, cores() + 1
         self._pending: deque[Future[None]] = deque()
 
-    def write(self, array: zarr.Array, position: int, values: NDArray[Any]) -> None:
+    def write(self, shard: Shard, values: NDArray[Any]) -> None:
         while len(self._pending) >= self._most:
             self._pending.popleft().result()
-        self._pending.append(self._pool.submit(_store, array, position, values))
+        self._pending.append(self._pool.submit(_store, shard, values))
 
     def wait(self) -> None:
         while self._pending:
             self._pending.popleft().result()
 
 
-def _store(array: zarr.Array, position: int, values: NDArray[Any]) -> None:
-    array[position : position + len(values)] = values
+def _store(shard: Shard, values: NDArray[Any]) -> None:
+    array, codec, path = shard
+    fill = array.fill_value
+    content = encode_shard(values, chunk=array.chunks[0], per_shard=_per_shard(array), fill=fill, codec=codec)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)
+
+
+def _per_shard(array: zarr.Array) -> int:
+    return array.shards[0] // array.chunks[0]  # type: ignore[index]
 
 
 class _Writer:
-    """Appends to a 1-D array in whole shards."""
+    """Appends to a 1-D array in the folder `path` in whole shards."""
 
-    def __init__(self, array: zarr.Array, shards: _Shards) -> None:
-        self._array, self._shards, self.position = array, shards, 0
+    def __init__(self, path: Path, array: zarr.Array, codec: Codec, shards: _Shards) -> None:
+        self._path, self._array, self._codec, self._shards, self.position = path, array, codec, shards, 0
+        self._length: int = array.shape[0]
         self._shard = self._empty()
-        self._filled = 0
+        self._filled = self._written = 0
 
     def append(self, values: NDArray[Any]) -> None:
         """Take values; a shard that is full is written."""
         while len(values):
             n = min(len(values), len(self._shard) - self._filled)
             if not n:
-                raise IncompleteError(f"{self._array.path}: more than {self._array.shape[0]} values came.")
+                raise IncompleteError(f"{self._path}: more than {self._length} values came.")
             self._shard[self._filled : self._filled + n] = values[:n]
             self._filled, self.position, values = self._filled + n, self.position + n, values[n:]
             if self._filled == len(self._shard):
-                self._shards.write(self._array, self.position - self._filled, self._shard)
-                self._shard, self._filled = self._empty(), 0
+                file = self._path / "c" / str(self._written)
+                self._shards.write(Shard(self._array, self._codec, file), self._shard)
+                self._shard, self._filled, self._written = self._empty(), 0, self._written + 1
 
     def close(self) -> None:
         """Raises IncompleteError when values are missing."""
-        if self.position != self._array.shape[0]:
-            raise IncompleteError(f"{self._array.path}: {self.position} of {self._array.shape[0]} values were written.")
+        if self.position != self._length:
+            raise IncompleteError(f"{self._path}: {self.position} of {self._length} values were written.")
 
     def _empty(self) -> NDArray[Any]:
-        shard = self._array.shards[0]  # type: ignore[index]
-        return np.empty(min(shard, self._array.shape[0] - self.position), self._array.dtype)
+        shard = _per_shard(self._array) * self._array.chunks[0]
+        return np.empty(min(shard, self._length - self.position), self._array.dtype)
 
 
 def _writers(path: Path, cells: Totals, form: Form, waiting: _Shards) -> dict[str, _Writer]:
@@ -194,7 +212,7 @@ def _writers(path: Path, cells: Totals, form: Form, waiting: _Shards) -> dict[st
         made = make_array(
             path / name, shape=(length,), dtype=dtype, chunks=(chunk,), shards=shards, fill=fill, codec=form.codec
         )
-        return _Writer(made, waiting)
+        return _Writer(path / name, made, form.codec, waiting)
 
     def of_cells(name: str, dtype: np.dtype, fill: float) -> _Writer:
         return array(name, cells.cells, dtype, fill, form.block_rows, _BLOCKS_PER_SHARD)

@@ -24,9 +24,7 @@ def test_results_in_order_and_errors_as_they_were(ray_cluster, tmp_path):
 def test_conversion_gives_the_same_bytes(ray_cluster, studies, tmp_path):
     seen = []
     with RayExecutor() as pool:
-        atlas = convert(
-            studies[:2], out=tmp_path / "ray", executor=pool, on_progress=lambda *told: seen.append(told)
-        )
+        atlas = convert(studies[:2], out=tmp_path / "ray", executor=pool, on_progress=lambda *told: seen.append(told))
         assert atlas.n_obs == 600 and seen[-1][1:] == (600, 600)
         convert(studies[:2], out=tmp_path / "here")
         assert tree_digest(tmp_path / "ray") == tree_digest(tmp_path / "here")

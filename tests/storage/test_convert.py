@@ -31,7 +31,6 @@ from scviaduct.errors import (
 from scviaduct.storage import arrays
 from scviaduct.storage import dataset as dataset_module
 from scviaduct.storage.arrays import Growing
-from scviaduct.storage.atlas import Atlas
 from scviaduct.storage.convert import convert
 from scviaduct.storage.manifest import file_digest, tree_digest
 

@@ -303,6 +303,26 @@ def test_what_the_disk_loses_is_noticed(atlas: Atlas, tmp_path: Path, monkeypatc
     assert not list(tmp_path.iterdir())
 
 
+def test_obsm_and_layers_come_along(tmp_path: Path) -> None:
+    source = study(80, GENES_A, 4)
+    rng = np.random.default_rng(0)
+    source.obsm["spatial"] = rng.normal(size=(80, 2))
+    source.obsm["scores"] = pd.DataFrame({"x": rng.normal(size=80)}, index=source.obs_names)
+    source.layers["scaled"] = source.X * np.float32(0.5)
+    source.write_h5ad(tmp_path / "s.h5ad")
+    atlas = convert([tmp_path / "s.h5ad"], out=tmp_path / "a.zarr", obsm=["spatial", "scores"], layers=["scaled"])
+    genes = [GENES_A[5].partition(".")[0], GENES_A[2].partition(".")[0]]
+    few = source[(source.obs["n"] > 3).to_numpy(), [GENES_A[5], GENES_A[2]]].copy()
+    for options, wanted in (({}, source), ({"where": "n > 3", "genes": genes}, few)):
+        path = export(atlas, tmp_path / "x.h5ad", **options, overwrite=True).path
+        for found in (ad.read_h5ad(path), atlas.to_adata(**options)):
+            assert (found.X != wanted.X).nnz == 0
+            assert (found.layers["scaled"] != wanted.layers["scaled"]).nnz == 0
+            assert found.layers["scaled"].dtype == np.float32
+            assert np.array_equal(found.obsm["spatial"], wanted.obsm["spatial"])
+            pd.testing.assert_frame_equal(found.obsm["scores"], wanted.obsm["scores"])
+
+
 texts = st.text(st.characters(codec="utf-8", exclude_characters="\0/"), min_size=1, max_size=8)
 
 

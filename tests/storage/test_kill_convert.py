@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import resource
 import shutil
 import signal
 import subprocess
@@ -21,7 +20,7 @@ import pytest
 import scipy.sparse as sp
 
 from scviaduct.errors import DataError, IncompleteError, OutputExistsError, UnreadableFileError
-from scviaduct.storage import arrays, dataset, probe
+from scviaduct.storage import arrays, checkpoints, dataset, probe
 from scviaduct.storage.arrays import Growing
 from scviaduct.storage.atlas import Atlas
 from scviaduct.storage.check import check_block
@@ -73,7 +72,9 @@ def killed_at(n: int) -> Iterator[list[int]]:
         return call
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(os, "fsync", lambda descriptor: None)  # a kill loses nothing that was written, and this is quicker
+        patch.setattr(
+            os, "fsync", lambda descriptor: None
+        )  # a kill loses nothing that was written, and this is quicker
         for owner, name in [
             *((os, n) for n in ("replace", "rename", "unlink", "fsync", "mkdir", "rmdir")),
             (Growing, "_write"),
@@ -148,11 +149,204 @@ def run_killed(step: int, convert_it: Callable[[], object], seconds: float | Non
 
 
 def test_sigkill_at_fifty_moments(tmp_path: Path) -> None:
-    command = [sys.executable, __file__, str(tmp_path), "56"]
+    command = [sys.executable, __file__, str(tmp_path), "50"]
     run = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stderr
     kills, _ = map(int, run.stdout.split())
-    assert kills >= 56
+    assert kills >= 50
+
+
+KILLED = """
+import sys, time
+from scviaduct.storage import convert
+convert.convert(sys.argv[2:], out=sys.argv[1], workers=2)
+"""
+
+
+def test_workers_end_with_their_parent_and_another_goes_on(tmp_path: Path) -> None:
+    files = [write(tmp_path / f"{name}.h5ad", i) for i, name in enumerate("abcdef")]
+    out = tmp_path / "atlas"
+    process = subprocess.Popen([sys.executable, "-c", KILLED, str(out), *map(str, files)], stderr=subprocess.PIPE)
+    while process.poll() is None and not list(out.glob("datasets/.*.partial")):
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    assert process.stderr is not None
+    assert process.stderr.read() == b""  # ends when the last worker is gone
+    process.stderr.close()
+    convert(files, out=out)
+    convert(files, out=tmp_path / "whole")
+    assert tree_digest(out) == tree_digest(tmp_path / "whole")
+    assert sorted(p.name for p in tmp_path.iterdir()) == [*(f.name for f in files), "atlas", "whole"]
+
+
+@contextmanager
+def full_disk(after: int) -> Iterator[None]:
+    """Files can have `after` bytes together: what `write_bytes` and atomic writes add beyond fails as on a full disk."""
+    written = [0]
+
+    def counted(function: Callable) -> Callable:
+        def call(path: Path, content: bytes) -> object:
+            written[0] += len(content)
+            if written[0] > after:
+                raise OSError(28, "No space left on device", str(path))
+            return function(path, content)
+
+        return call
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Path, "write_bytes", counted(Path.write_bytes))
+        patch.setattr(checkpoints, "write_atomic", counted(checkpoints.write_atomic))
+        yield
+
+
+@pytest.mark.parametrize("after", [0, 9_000, 25_000])
+def test_full_disk_is_told_and_resumed(tmp_path: Path, after: int) -> None:
+    files = [write(tmp_path / f"{name}.h5ad", i, 70_000) for i, name in enumerate("ab")]
+    with small_parts():
+        convert(files, out=tmp_path / "whole")
+        with full_disk(after), pytest.raises(IncompleteError, match=r"atlas is full: free some .* [01] of 2 data sets"):
+            convert(files, out=tmp_path / "atlas")
+        with pytest.raises(IncompleteError, match="not a complete atlas"):
+            Atlas.open(tmp_path / "atlas")
+        convert(files, out=tmp_path / "atlas")
+    assert tree_digest(tmp_path / "atlas") == tree_digest(tmp_path / "whole")
+
+
+def test_full_tmpfs(tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=600k", "tmpfs", str(disk)], capture_output=True).returncode:
+        pytest.skip("a small disk cannot be mounted here")
+    try:
+        files = [write(tmp_path / f"{name}.h5ad", i) for i, name in enumerate("abcdefghijkl")]
+        with pytest.raises(IncompleteError, match=r"is full: free some space .* it resumes; [1-9]\d? of 12 data sets"):
+            convert(files, out=disk / "atlas")
+        subprocess.run(["mount", "-o", "remount,size=20m", str(disk)], check=True)
+        convert(files, out=disk / "atlas")
+        convert(files, out=tmp_path / "whole")
+        assert tree_digest(disk / "atlas") == tree_digest(tmp_path / "whole")
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_too_small_a_disk_is_told_before_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = write(tmp_path / "a.h5ad", 0)
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(probe.shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    with pytest.raises(IncompleteError, match=r"atlas will take about 0\.0 MB, but the disk of \S+ has 0\.0 MB free"):
+        convert([source], out=tmp_path / "x/atlas")
+    assert [p.name for p in tmp_path.iterdir()] == ["a.h5ad"]
+
+
+def test_another_command_is_refused_and_told_what_differs(tmp_path: Path) -> None:
+    files = [write(tmp_path / f"{name}.h5ad", i) for i, name in enumerate("abc")]
+    with full_disk(9_000), pytest.raises(IncompleteError):
+        convert(files[:2], out=tmp_path / "atlas", layers=["spliced"])
+    before = tree_digest(tmp_path / "atlas")
+    for change, message in [
+        ({"layers": []}, r"layers was \['spliced'\] and is \[\] now"),
+        ({"files": files}, r"1 files are not in both, e\.g\. \S+c\.h5ad"),
+        ({"files": files[1::-1]}, "another order"),
+    ]:
+        options = {"files": files[:2], "layers": ["spliced"]} | change
+        with pytest.raises(OutputExistsError, match=message):
+            convert(out=tmp_path / "atlas", **options)
+    assert tree_digest(tmp_path / "atlas") == before
+
+
+def test_file_that_changed_since_is_converted_anew(tmp_path: Path) -> None:
+    files = [write(tmp_path / f"{name}.h5ad", i, 70_000) for i, name in enumerate("ab")]
+    with small_parts():
+        with full_disk(25_000), pytest.raises(IncompleteError, match="1 of 2"):
+            convert(files, out=tmp_path / "atlas")
+        for path in files:  # one is done, the other has a checkpoint
+            write(path, 9)
+        convert(files, out=tmp_path / "atlas")
+        convert(files, out=tmp_path / "whole")
+    assert tree_digest(tmp_path / "atlas") == tree_digest(tmp_path / "whole")
+
+
+def test_finished_data_sets_need_no_source_any_more(tmp_path: Path) -> None:
+    """Somebody makes room on a full disk by removing what is converted."""
+    files = [write(tmp_path / f"{name}.h5ad", i, 70_000) for i, name in enumerate("ab")]
+    with small_parts():
+        convert(files, out=tmp_path / "whole")
+        with full_disk(25_000), pytest.raises(IncompleteError, match="1 of 2"):
+            convert(files, out=tmp_path / "atlas")
+        files[0].unlink()
+        convert(files, out=tmp_path / "atlas")
+    assert tree_digest(tmp_path / "atlas") == tree_digest(tmp_path / "whole")
+
+
+def test_bad_file_leaves_the_others(tmp_path: Path) -> None:
+    good, bad = write(tmp_path / "good.h5ad", 0), write(tmp_path / "bad.h5ad", 1)
+    data = ad.read_h5ad(bad)
+    data.X.data[-1] = 0.5
+    data = ad.concat([data] * 300, index_unique="-")  # the sample that is looked at does not see it
+    data.X.data[:] = np.ceil(data.X.data)
+    data.X.data[len(data.X.data) // 3] = 0.5
+    data.write_h5ad(bad)
+    with pytest.raises(DataError, match=r"not whole numbers.*1 of 2 data sets are done and kept"):
+        convert([good, bad], out=tmp_path / "atlas", workers=2)
+    assert sorted(p.name for p in (tmp_path / "atlas/datasets").glob("[!z]*")) == ["good"]
+    write(bad, 1)
+    assert convert([good, bad], out=tmp_path / "atlas").n_obs == 128
+
+
+def test_adding(tmp_path: Path) -> None:
+    a, b, c = (write(tmp_path / f"{name}.h5ad", i) for i, name in enumerate("abc"))
+    out, seen = tmp_path / "atlas", []
+    with pytest.raises(UnreadableFileError, match="does not exist"):
+        convert([a], out=out, append=True)
+    convert([a], out=out)
+    before = times(out)
+    assert convert([a, b], out=out, append=True, on_progress=lambda *told: seen.append(told)).n_obs == 128
+    assert seen[0][0] == "a is in the atlas already" and seen[-1] == ("b", 64, 64)
+    assert before.items() <= times(out).items()
+    once, changed = tree_digest(out), (out / "atlas.json").stat().st_mtime_ns
+    convert([b, a], out=out, append=True)
+    assert tree_digest(out) == once and (out / "atlas.json").stat().st_mtime_ns == changed
+    write(b, 7)
+    with pytest.raises(OutputExistsError, match=r"has a data set 'b' of another file"):
+        convert([c, b], out=out, append=True)
+    (tmp_path / "sub").mkdir()
+    with pytest.raises(DataError, match="has a data set 'a' already; rename"):
+        convert([a.rename(tmp_path / "sub/A.h5ad")], out=out, append=True)
+    data = ad.read_h5ad(c)
+    data.var_names = [f"other{i}" for i in range(30)]
+    data.write_h5ad(c)
+    with pytest.raises(DataError, match=r"c\.h5ad shares no gene .* data set 'a' has symbol names \(g0"):
+        convert([c], out=out, append=True)
+    assert tree_digest(out) == once
+
+
+def test_bytes_do_not_depend_on_memory_or_workers(tmp_path: Path) -> None:
+    files = [write(tmp_path / f"{name}.h5ad", i) for i, name in enumerate("ab")]
+    convert(files, out=tmp_path / "1", **KEPT)
+    convert(files, out=tmp_path / "2", **KEPT, workers=2, memory="4GB")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dataset, "BLOCK", 16)
+        convert(files, out=tmp_path / "3", **KEPT, memory="600MB")
+    assert tree_digest(tmp_path / "1") == tree_digest(tmp_path / "2") == tree_digest(tmp_path / "3")
+
+
+def test_obsm_and_layers(tmp_path: Path) -> None:
+    source = write(tmp_path / "a.h5ad", 0)
+    data = ad.read_h5ad(source)
+    data.obsm["sparse"], data.layers["dense"] = sp.csr_matrix(np.eye(64)), data.X.toarray().astype(np.int16)
+    data.write_h5ad(source)
+    convert([source], out=tmp_path / "x", obsm=["protein", "table", "sparse"], layers=["spliced", "dense"])
+    found = ad.io.read_zarr(tmp_path / "x/datasets/a")
+    assert np.array_equal(found.obsm["protein"], data.obsm["protein"])
+    pd.testing.assert_frame_equal(found.obsm["table"], data.obsm["table"])
+    assert (found.obsm["sparse"] != data.obsm["sparse"]).nnz == 0
+    for name in ("spliced", "dense"):
+        assert found.layers[name].dtype == data.layers[name].dtype
+        assert (found.layers[name] != sp.csr_matrix(data.layers[name])).nnz == 0
+    with pytest.raises(DataError, match=r"no file has 'protien' in obsm; did you mean 'protein'"):
+        convert([source], out=tmp_path / "y", obsm=["protien"])
+    assert not (tmp_path / "y").exists()
 
 
 if __name__ == "__main__":
