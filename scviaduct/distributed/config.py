@@ -104,7 +104,7 @@ class TrainConfig:
     out: Path
     """Folder of the run: checkpoints, history and the model bundle."""
     model: str = "scvi"
-    """Which model to train: "scvi", or "scanvi", which learns from labels too."""
+    """Which model to train: scvi, scanvi, trvae, peakvi or poissonvi."""
     init_from: Path | None = None
     """Run or bundle whose weights and options this model starts with, e.g. of scvi for scanvi."""
     view: str = "default"

@@ -17,21 +17,21 @@ class RayExecutor(Executor):
     """
 
     def __init__(self, *, num_cpus: float = 1, retries: int = 3) -> None:
-        self._options = {"num_cpus": num_cpus, "max_retries": retries}
+        self._num_cpus, self._retries = num_cpus, retries
         self._open: set[_RayFuture] = set()
 
     def submit(self, fn: Callable[..., Result], /, *args: Any) -> Future[Result]:  # type: ignore[override]
         """The future result of `fn(*args)`; an error of it is raised as it was, without Ray's wrapping."""
         import ray
 
-        reference = ray.remote(**self._options)(fn).remote(*args)
+        reference = ray.remote(num_cpus=self._num_cpus, max_retries=self._retries)(fn).remote(*args)
         future = _RayFuture(reference)
         self._open.add(future)
         future.add_done_callback(self._open.discard)
         reference.future().add_done_callback(future.copy)
         return future
 
-    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:  # noqa: FBT001, FBT002
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:  # noqa: FBT001
         """Wait for what runs, or give it up; Ray itself goes on."""
         open_ones = list(self._open)
         if cancel_futures:

@@ -10,7 +10,8 @@ from cyclopts import Parameter
 
 from scviaduct.jobs.display import Steps, output
 
-Names = Annotated[tuple[str, ...], Parameter(consume_multiple=True, negative="")]
+Names = Annotated[tuple[str, ...], Parameter(consume_multiple=True)]
+Flag = Annotated[bool, Parameter(negative="")]
 
 
 def command(
@@ -21,19 +22,19 @@ def command(
     counts: str | None = None,
     memory: str = "2GB",
     workers: int | None = None,
-    append: bool = False,
+    append: Flag = False,
     obsm: Names = (),
     layers: Names = (),
-    sum_duplicates: bool = False,
+    sum_duplicates: Flag = False,
     address: str | None = None,
 ) -> int:
-    """h5ad files become one verified, chunked Zarr atlas; AnnData Zarr stores and 10x Genomics h5 files do, too.
+    """h5ad files become one verified, chunked Zarr atlas.
 
-    Every count is checked on the way, and what was written is read back. After a kill, or when the disk was full, the
+    AnnData Zarr stores and 10x Genomics h5 files are taken, too. Every count is checked on the way, and what was written is read back. After a kill, or when the disk was full, the
     same command goes on where it was.
 
     Args:
-        files: h5ad files, one a data set.
+        files: Files, one a data set.
         out: The atlas to make, e.g. atlas.zarr.
         counts: Matrix with the raw counts: "X", "raw" or a layer. Default: found by looking.
         memory: Memory to stay below, all processes together, e.g. 2GB.

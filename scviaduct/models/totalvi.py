@@ -93,6 +93,7 @@ class TotalVIInput(nn.Module):
         reset(self, len(schema.genes) + len(schema.proteins) + n_continuous, self.columns)
 
     def forward(self, cells: Cells, codes: Sequence[Tensor]) -> Tensor:
+        """Cells and their codes to (cells, width)."""
         y = cells.proteins
         y = torch.log1p(y / (1.0 + y.mean(1, keepdim=True)))
         h = cells.counts.product(cells.counts.log1p_share_values, self.weight) + self.bias
@@ -112,6 +113,7 @@ class Branch(nn.Module):
         self.heads = nn.ModuleDict({k: CategoricalLinear(width, n, hidden.n_categories) for k, n in heads.items()})
 
     def forward(self, z: Tensor, codes: Sequence[Tensor], noise: Noise | None) -> dict[str, Tensor]:
+        """(cells, n_in) to one tensor per head."""
         both = torch.cat([self.hidden(z, codes, noise), z], 1)
         return {name: head(both, codes) for name, head in self.heads.items()}
 

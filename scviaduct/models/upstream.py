@@ -35,7 +35,8 @@ def load_totalvi(model: TotalVI, state: Mapping[str, Tensor]) -> None:
         for ours, theirs in _TOTALVI_TABLES.items():
             table = getattr(model, ours)
             rows = reader.get(theirs)
-            reader.put(table.weight if isinstance(table, Columns) else table, rows.t() if rows.dim() > 1 else rows, theirs)
+            target = cast(Tensor, table.weight if isinstance(table, Columns) else table)
+            reader.put(target, rows.t() if rows.dim() > 1 else rows, theirs)
 
 
 _TOTALVI_HIDDEN = {

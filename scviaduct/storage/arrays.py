@@ -1,13 +1,12 @@
 """Zarr arrays as this package makes them: the same values give the same bytes, and what a kill leaves can be continued.
 
-Metadata files are written in one step. 1-D shards are encoded here, chunk after chunk. zarrs is for reading: with more
-than one thread it puts chunks into a shard in the order in which they get ready, and with one it still wrote other
-(valid) bytes for the same values in 4 of some 200 stores (docs/decisions/0011).
+Metadata files are written in one step. 1-D shards are encoded here, chunk after chunk (docs/decisions/0011). zarrs reads.
 """
 
 from __future__ import annotations
 
 import shutil
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -38,14 +37,16 @@ _BLOSC: dict[str, dict[str, Any]] = {
 
 _ZARRS = {"codec_pipeline.path": "zarrs.ZarrsCodecPipeline"}
 _PYTHON = {"codec_pipeline.path": "zarr.core.codec_pipeline.BatchedCodecPipeline"}
+_CONFIG = threading.Lock()
+"""Zarr's settings are of the process: two threads that change them at once get each other's."""
 _ABSENT = 2**64 - 1
 """Offset and size of a chunk that is not in a shard."""
 
 
-def open_array(path: Path, mode: Literal["r", "r+"] = "r") -> zarr.Array:
-    """Open an array, decoded by zarrs; the setting holds for this array only."""
-    with zarr.config.set(_ZARRS):
-        return zarr.open_array(path, mode=mode, zarr_format=3)
+def open_array(path: Path) -> zarr.Array:
+    """Open an array for reading, decoded by zarrs; the setting holds for this array only."""
+    with _CONFIG, zarr.config.set(_ZARRS):
+        return zarr.open_array(path, mode="r", zarr_format=3)
 
 
 def open_group(path: Path) -> zarr.Group:
@@ -55,7 +56,7 @@ def open_group(path: Path) -> zarr.Group:
 
 def codecs(codec: Codec) -> list[BloscCodec | Crc32cCodec]:
     """How chunks are compressed: "zstd" for data sets, "lz4" for views, "none" for disks faster than lz4."""
-    return [*([BloscCodec(**_BLOSC[codec])] if codec in _BLOSC else []), Crc32cCodec()]  # type: ignore[arg-type]
+    return [*([BloscCodec(**_BLOSC[codec])] if codec in _BLOSC else []), Crc32cCodec()]
 
 
 def encode_shard(values: NDArray[Any], *, chunk: int, per_shard: int, fill: Any, codec: Codec = "zstd") -> bytes:
@@ -109,7 +110,7 @@ def make_array(
         zarr_format=3,
     )
     _write_metadata(path, files)
-    with zarr.config.set(_PYTHON):
+    with _CONFIG, zarr.config.set(_PYTHON):
         return zarr.open_array(path, mode="r+", zarr_format=3)
 
 
@@ -132,16 +133,13 @@ class Growing:
 
     @classmethod
     def resume(cls, path: Path, tail: NDArray[Any], whole: int, *, fill: int | float, codec: Codec = "zstd") -> Growing:
-        """Go on where `state` was taken; shards that were written since are thrown away."""
+        """Go on where `state` was taken; shards that were written since are written again."""
         building = _building(path, tail.dtype)
         if path.exists() and not building.exists():
             path.rename(building)  # it was closed since
         for other in path.parent.glob(f"{path.name}*"):
             if other != building:
                 shutil.rmtree(other)
-        for file in (building / "c").glob("*"):
-            if not file.name.isdecimal() or int(file.name) >= whole // SHARD:
-                file.unlink()
         array = cls(path, tail.dtype, fill=fill, codec=codec)
         array._whole, array._n = whole, len(tail)
         array._buffer[: len(tail)] = tail

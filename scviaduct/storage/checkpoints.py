@@ -28,7 +28,7 @@ class Checkpoint:
 
     def save(self, state: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) -> None:
         """Replace what was saved before; `state` is JSON-ready."""
-        header = json.dumps({"origin": self.origin, "state": state}).encode()
+        header = json.dumps({"origin": json.dumps(self.origin), "state": state}).encode()
         content = io.BytesIO()
         np.savez(content, **{_HEADER: np.frombuffer(header, np.uint8)}, **arrays)  # type: ignore[arg-type]
         write_atomic(self.path, content.getbuffer())
@@ -41,7 +41,7 @@ class Checkpoint:
             header = json.loads(arrays.pop(_HEADER).tobytes())
         except (OSError, ValueError, KeyError, zipfile.BadZipFile):
             return None
-        return (header["state"], arrays) if header["origin"] == self.origin else None
+        return (header["state"], arrays) if header["origin"] == json.dumps(self.origin) else None
 
     def remove(self) -> None:
         """Forget it."""

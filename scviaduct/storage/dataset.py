@@ -80,9 +80,7 @@ def source_facts(path: Path) -> list[int]:
     return [sum(s.st_size for s in stats), max((s.st_mtime_ns for s in stats), default=0)]
 
 
-def write_dataset(
-    plan: DatasetPlan, folder: Path, *, memory: int, report: Report | None = None
-) -> dict[str, Any]:
+def write_dataset(plan: DatasetPlan, folder: Path, *, memory: int, report: Report | None = None) -> dict[str, Any]:
     """Make `folder`/<id> of a file, or go on where a killed process was, and return its manifest.
 
     `memory` bounds the bytes in use (obs and var aside), `report` is called with the number of cells done. A file that is not a matrix of counts leaves nothing.

@@ -21,8 +21,8 @@ from scviaduct.storage.arrays import Growing, encode_shard, make_array, open_arr
 @pytest.mark.parametrize("n", [1, 64, 200, 256])
 def test_a_shard_is_what_zarr_writes(tmp_path: Path, codec: Any, dtype: str, n: int) -> None:
     values = np.random.default_rng(n).integers(1, 100, n).astype(dtype)
-    array = make_array(tmp_path / "x", shape=(n,), dtype=values.dtype, chunks=(64,), shards=(256,), fill=0, codec=codec)
-    array[:] = values
+    options = {"shape": (n,), "dtype": values.dtype, "chunks": (64,), "shards": (256,), "fill": 0, "codec": codec}
+    make_array(tmp_path / "x", **options)[:] = values
     theirs = (tmp_path / "x/c/0").read_bytes()
     ours = encode_shard(values, chunk=64, per_shard=4, fill=0, codec=codec)
     assert ours == theirs
