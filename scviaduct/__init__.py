@@ -20,9 +20,16 @@ _VERBS = {
     "export": "scviaduct.storage.export",
     "train": "scviaduct.distributed.train",
     "map": "scviaduct.distributed.map",
+    "embed": "scviaduct.distributed.outputs",
+    "decode": "scviaduct.distributed.outputs",
+    "evaluate": "scviaduct.distributed.evaluate",
+    "de": "scviaduct.distributed.differential",
+    "import_model": "scviaduct.distributed.importing",
+    "export_model": "scviaduct.distributed.exporting",
     "demo": "scviaduct.distributed.demo",
     "Atlas": "scviaduct.storage.atlas",
     "Bundle": "scviaduct.distributed.bundle",
+    "Reading": "scviaduct.distributed.config",
 }
 
 __all__ = ["__version__", *_VERBS]

@@ -46,6 +46,8 @@ class Schema:
     """Numeric obs columns, used as they are (not standardised)."""
     size_factor: str | None = None
     """Numeric obs column that replaces the library size."""
+    proteins_key: str | None = None
+    """obsm element with the protein counts."""
     proteins: tuple[str, ...] = ()
     """Proteins counted beside the genes (CITE-seq), all panels together."""
     measured: tuple[tuple[bool, ...], ...] = ()
@@ -81,6 +83,7 @@ class Schema:
             categorical=tuple(map(covariate, record["categorical"])),
             continuous=tuple(record["continuous"]),
             size_factor=record["size_factor"],
+            proteins_key=record.get("proteins_key"),
             proteins=tuple(record["proteins"]),
             measured=tuple(map(tuple, record["measured"])),
         )
@@ -131,6 +134,10 @@ class Batch:
     """(cells,) random key of each cell in this epoch; noise is a function of it, not of the process."""
     lanes: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
     """(lanes + 1,) borders of the sampler's lanes inside the batch."""
+    labelled: Batch | None = None
+    """Cells that all have a label and come along for the classifier; only where the model wants such."""
+    weight: float = 1.0
+    """Of a `labelled` batch: cells of the global batch over labelled cells of the global batch."""
 
     @property
     def n_cells(self) -> int:

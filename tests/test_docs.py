@@ -16,7 +16,7 @@ FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 NOT_RUN = re.compile(r"<!-- not run: .+ -->\n$")
 VERBS = [name for name in app if not name.startswith("-")]
 SHELL = {"sh", "bash", "shell", "console"}
-OTHERS_FLAGS = {"--backend-store-uri", "--working-dir"}
+OTHERS_FLAGS = {"--head", "--port", "--dashboard-host", "--backend-store-uri", "--working-dir"}
 """Flags of other programs that the documents name."""
 
 
@@ -96,7 +96,7 @@ def flags_of(verb):
 def test_flags_in_the_text_exist():
     known = {flag for verb in VERBS for flag in flags_of(verb)} | {"--help"} | OTHERS_FLAGS
     for document in DOCUMENTS:
-        named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", document.read_text()))
+        named = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]*", document.read_text()))
         assert named <= known, f"{document.name}: {named - known}"
 
 

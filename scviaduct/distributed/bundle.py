@@ -2,7 +2,7 @@
 
 model.safetensors      weights
 model.json             format, model, config, schema, training facts, hashes; written last
-reference/             latent.npy (cells x n_latent, float32), labels.npy (codes) for label transfer
+reference/             latent.npy (cells x n_latent, float32), labels.npy (codes) for label transfer; not in every import
 """
 
 from __future__ import annotations
@@ -62,7 +62,8 @@ class Bundle:
         with whole_folder(path) as folder:
             tensors = {name: t.detach().cpu().contiguous().clone() for name, t in model.state_dict().items()}
             save_file(tensors, folder / _WEIGHTS)
-            (folder / "reference").mkdir()
+            if reference:
+                (folder / "reference").mkdir()
             for name, values in reference.items():
                 np.save(folder / "reference" / f"{name}.npy", values, allow_pickle=False)
             files = [f for f in sorted(folder.rglob("*")) if f.is_file()]
@@ -102,9 +103,10 @@ class Bundle:
         """The model in eval mode, with the bundle's weights or those given."""
         return build(self.facts, weights if weights is not None else self.weights())
 
-    def latent(self) -> NDArray[np.float32]:
-        """(cells, n_latent) posterior means of the reference."""
-        return np.load(self.path / _LATENT, mmap_mode="r", allow_pickle=False)
+    def latent(self) -> NDArray[np.float32] | None:
+        """(cells, n_latent) posterior means of the reference; None in a model that was imported without its cells."""
+        file = self.path / _LATENT
+        return np.load(file, mmap_mode="r", allow_pickle=False) if file.exists() else None
 
     def labels(self) -> NDArray[np.int32] | None:
         """(cells,) codes in schema.labels, -1 where unlabelled; None without labels."""

@@ -5,13 +5,14 @@ Importing this module loads neither torch nor ray, so that the command line answ
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from cyclopts import Parameter
 
 from scviaduct.errors import ConfigError
+from scviaduct.models.training import Monitor, Optimizer, TrainingPlan
 
 
 def _positive(record: object, *names: str) -> None:
@@ -24,34 +25,54 @@ def _positive(record: object, *names: str) -> None:
 @Parameter(name="*")
 @dataclass(frozen=True, kw_only=True)
 class FitConfig:
-    """How parameters are fitted, for references and for surgery; defaults are scvi-tools' unless said otherwise."""
+    """How parameters are fitted, for references and for surgery.
+
+    A field that is None takes the model's default, which is that of its original implementation (docs/training.md has
+    the table). `plan` puts both together.
+    """
 
     max_epochs: int | None = None
-    """Epochs at most. Default: 400 up to 20,000 cells, fewer in proportion beyond."""
-    batch_size: int = 128
-    """Cells of a global batch, whatever the number of workers."""
-    lr: float = 1e-3
-    """Learning rate of Adam (eps 0.01)."""
-    weight_decay: float = 1e-6
-    """L2 penalty inside Adam."""
-    n_epochs_kl_warmup: int | None = 400
-    """Epochs over which the weight of the KL term rises from 0 to 1; 0 starts at 1."""
+    """Epochs at most. Default: the model's; for scvi 400 up to 20,000 cells, fewer in proportion beyond."""
+    batch_size: int | None = None
+    """Cells of a global batch, whatever the number of workers. Default: the model's; for scvi 128."""
+    optimizer: Optimizer | None = None
+    """Adam, or AdamW, whose weight decay is decoupled. Default: the model's; for scvi Adam."""
+    lr: float | None = None
+    """Learning rate. Default: the model's; for scvi 0.001."""
+    eps: float | None = None
+    """Term of the optimizer's denominator. Default: the model's; for scvi 0.01."""
+    weight_decay: float | None = None
+    """L2 penalty inside Adam, or AdamW's decay. Default: the model's; for scvi 1e-6."""
+    n_epochs_kl_warmup: int | None = None
+    """Epochs over which the weight of the KL term rises; 0 starts at the top. Default: the model's; for scvi 400."""
     n_steps_kl_warmup: int | None = None
     """Steps of the KL warm-up, used instead when set."""
+    min_kl_weight: float | None = None
+    """Weight of the KL term at the start of its warm-up. Default: the model's; for scvi 0."""
+    max_kl_weight: float | None = None
+    """Weight of the KL term after its warm-up. Default: the model's; for scvi 1."""
     gradient_clip: float | None = None
     """Largest norm of the gradient."""
     validation_size: float = 0.1
     """Share of the cells held out from training, chosen by a hash of row and seed."""
     validation_stratify_by: str | None = None
     """obs column; the same share of each of its values is held out, to the cell. Default: of all cells as they come."""
-    early_stopping: bool = False
-    """Stop when the monitored elbo has not improved for a while, and keep the best epoch's weights."""
-    early_stopping_patience: int = 45
-    """Epochs without improvement before stopping."""
-    early_stopping_min_delta: float = 0.0
-    """Smallest change of the elbo (nats per cell) that counts as an improvement."""
-    reduce_lr_on_plateau: bool = False
-    """Multiply the learning rate by 0.6 after 30 epochs without improvement."""
+    early_stopping: bool | None = None
+    """Stop when the monitored number has not improved for a while, and keep the best epoch's weights. Default: the
+    model's; for scvi no."""
+    early_stopping_monitor: Monitor | None = None
+    """What early stopping and the learning rate's plateau watch, of the held-out cells or else of the training cells:
+    elbo, reconstruction, kl or loss. Default: the model's; for scvi elbo."""
+    early_stopping_patience: int | None = None
+    """Epochs without improvement before stopping. Default: the model's; for scvi 45."""
+    early_stopping_min_delta: float | None = None
+    """Smallest change (nats per cell) that counts as an improvement. Default: the model's; for scvi 0."""
+    reduce_lr_on_plateau: bool | None = None
+    """Lower the learning rate when the monitored number stops improving. Default: the model's; for scvi no."""
+    lr_factor: float | None = None
+    """What the learning rate is multiplied by on a plateau. Default: the model's; for scvi 0.6."""
+    lr_patience: int | None = None
+    """Epochs without improvement that are tolerated before the rate is lowered. Default: the model's; for scvi 30."""
     seed: int = 0
     """Decides initial weights, order of cells, split and noise."""
     n_lanes: int = 16
@@ -62,28 +83,35 @@ class FitConfig:
     """Threads of each worker. Default: 1; from 1,024 cells a worker and step on, the cores divided by the workers."""
 
     def __post_init__(self) -> None:
-        _positive(self, "max_epochs", "batch_size", "lr", "n_lanes", "threads", "gradient_clip")
+        _positive(self, "max_epochs", "batch_size", "lr", "eps", "n_lanes", "threads", "gradient_clip")
         _positive(self, "early_stopping_patience")
         if not 0 <= self.validation_size < 1:
             raise ConfigError(f"validation_size must lie in [0, 1), not {self.validation_size}.")
         if self.validation_stratify_by and not self.validation_size:
             raise ConfigError("validation_stratify_by needs a validation_size above 0.")
 
-    def epochs_for(self, n_cells: int) -> int:
-        """max_epochs, or scvi-tools' rule for this many cells."""
-        return self.max_epochs or max(1, min(round(20_000 / n_cells * 400), 400))
+    def plan(self, defaults: TrainingPlan, n_cells: int, *, refines: bool = False) -> TrainingPlan:
+        """The options that are set, and a model's defaults for the others; `refines`: it starts with another's weights.
 
-    def threads_for(self, workers: int, cores: int) -> int:
+        Raises:
+            ConfigError: together they make no sense.
+        """
+        own = {f.name for f in fields(TrainingPlan)}
+        given: dict[str, Any] = {name: v for name, v in vars(self).items() if name in own and v is not None}
+        if "n_epochs_kl_warmup" in given and "n_steps_kl_warmup" not in given:  # the default that counts steps goes
+            given |= {"n_steps_kl_warmup": None, "kl_warmup_steps_per_cell": None}
+        return replace(defaults, **given).settled(n_cells, refines=refines)
+
+    def decided(self, plan: TrainingPlan) -> Self:
+        """The same with what the plan says in every field that both have."""
+        both = {f.name for f in fields(self)} & {f.name for f in fields(plan)}
+        return replace(self, **{name: getattr(plan, name) for name in both})
+
+    def threads_for(self, batch_size: int, workers: int, cores: int) -> int:
         """`threads`, or as many as pay: below about 1,024 cells a step threads wait for each other more than they help."""
-        if self.threads or self.deterministic or self.batch_size // workers < 1024:
+        if self.threads or self.deterministic or batch_size // workers < 1024:
             return self.threads or 1
         return max(1, cores // workers)
-
-    def kl_weight(self, epoch: int, step: int) -> float:
-        """Weight of the KL term at an epoch (from 0) and a global step."""
-        if self.n_steps_kl_warmup:
-            return min(1.0, step / self.n_steps_kl_warmup)
-        return min(1.0, epoch / self.n_epochs_kl_warmup) if self.n_epochs_kl_warmup else 1.0
 
 
 @Parameter(name="*")
@@ -104,7 +132,7 @@ class TrainConfig:
     out: Path
     """Folder of the run: checkpoints, history and the model bundle."""
     model: str = "scvi"
-    """Which model to train: scvi, scanvi, trvae, peakvi or poissonvi."""
+    """Which model to train: scvi, scanvi, totalvi, trvae, peakvi or poissonvi."""
     init_from: Path | None = None
     """Run or bundle whose weights and options this model starts with, e.g. of scvi for scanvi."""
     view: str = "default"
@@ -129,6 +157,8 @@ class TrainConfig:
     """Processes. 1 trains in this process, more train under Ray with DistributedDataParallel."""
     address: str | None = None
     """Address of a running Ray cluster. Default: Ray is started on this machine when it is needed."""
+    gpus_per_worker: float | None = None
+    """GPUs of each worker under Ray. Default: one, where the cluster has one for each."""
     resume: bool = False
     """Continue the run in `out` from its newest checkpoint; the number of workers may differ."""
     checkpoint_seconds: float = 60.0
@@ -146,12 +176,10 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         _positive(self, "workers", "checkpoint_seconds")
+        if self.gpus_per_worker is not None and self.gpus_per_worker < 0:
+            raise ConfigError(f"gpus_per_worker must not be negative, not {self.gpus_per_worker}.")
         if self.workers > self.fit.n_lanes:
             raise ConfigError(f"{self.workers} workers need --n-lanes {self.workers} or more (now {self.fit.n_lanes}).")
-        if self.workers > 1 and self.fit.batch_size < 4 * self.workers:
-            raise ConfigError(
-                f"batch_size {self.fit.batch_size} is too small for {self.workers} workers: 4 cells each."
-            )
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready record; `from_dict` is its inverse."""
@@ -169,24 +197,29 @@ class TrainConfig:
 @Parameter(name="*")
 @dataclass(frozen=True, kw_only=True)
 class SurgeryConfig(FitConfig):
-    """FitConfig with surgery's defaults: early stopping on the training elbo as in HLCA's mapping."""
+    """FitConfig with surgery's defaults: early stopping on the training elbo as in HLCA's mapping.
+
+    What is None here is the reference model's default, as in FitConfig.
+    """
 
     max_epochs: int | None = 200
     """Epochs at most."""
-    weight_decay: float = 0.0
-    """L2 penalty inside Adam, on the query's own columns."""
+    weight_decay: float | None = 0.0
+    """Weight decay of the query's own columns."""
     n_epochs_kl_warmup: int | None = 0
     """Epochs over which the weight of the KL term rises from 0 to 1; 0 starts at 1."""
     validation_size: float = 0.0
     """Share of the cells held out from training, chosen by a hash of row and seed."""
     validation_stratify_by: Annotated[str | None, Parameter(parse=False)] = None
     """Only for views: a query has codes, no columns."""
-    early_stopping: bool = True
-    """Stop when the monitored elbo has not improved for a while, and keep the best epoch's weights."""
-    early_stopping_patience: int = 10
+    early_stopping: bool | None = True
+    """Stop when the monitored number has not improved for a while, and keep the best epoch's weights."""
+    early_stopping_monitor: Monitor | None = "elbo"
+    """What early stopping and the learning rate's plateau watch: elbo, reconstruction, kl or loss."""
+    early_stopping_patience: int | None = 10
     """Epochs without improvement before stopping."""
-    early_stopping_min_delta: float = 1e-3
-    """Smallest change of the elbo (nats per cell) that counts as an improvement."""
+    early_stopping_min_delta: float | None = 1e-3
+    """Smallest change (nats per cell) that counts as an improvement."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -199,16 +232,26 @@ class MapConfig:
     """Queries mapped at the same time; more than 1 uses Ray."""
     address: str | None = None
     """Address of a running Ray cluster. Default: Ray is started on this machine when it is needed."""
+    gpus_per_worker: float = 0.0
+    """GPUs of each query under Ray, e.g. 0.25: four queries then share one, and its memory."""
     batch_key: str | None = None
     """obs column with the queries' batches. Default: the reference's."""
     one_batch: bool = False
     """Take each query as one batch, named after its file."""
     reuse_batches: bool = False
     """A query's batch that is named as one of the reference's is the same batch. Default: a new one."""
+    labels_key: str | None = None
+    """obs column with labels of some of the queries' cells, which a scanvi model then learns from; labels that it does
+    not know count as unlabelled. Default: none."""
+    train_classifier: bool = False
+    """Let each query train scanvi's classifier too. Default: it is the reference's."""
     counts: str | None = None
     """Matrix with the counts: "X", "raw" or a layer. Default: found by looking."""
     sum_duplicates: bool = False
     """Add up the counts of genes that are named twice. Default: refuse such a query."""
+    proteins: str | None = None
+    """obsm element of the queries with protein counts; "none" maps by RNA alone. Default: the reference's, where a query
+    has it."""
     min_genes: float = 0.2
     """Smallest share of the reference's genes a query must have."""
     n_neighbors: int = 50
@@ -222,7 +265,30 @@ class MapConfig:
 
     def __post_init__(self) -> None:
         _positive(self, "workers", "n_neighbors")
+        if self.gpus_per_worker < 0:
+            raise ConfigError(f"gpus_per_worker must not be negative, not {self.gpus_per_worker}.")
         if not 0 <= self.min_genes <= 1 or not 0 <= self.max_uncertainty <= 1:
             raise ConfigError(
                 f"min_genes and max_uncertainty must lie in [0, 1], not {self.min_genes} and {self.max_uncertainty}."
             )
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class Reading:
+    """Where a trained model is looked up, and how the cells it is asked about are read."""
+
+    tracking_uri: str | None = None
+    """MLflow store of a registered model. Default: $MLFLOW_TRACKING_URI, else SQLite in ./mlflow.db."""
+    view: str | None = None
+    """View of the atlas. Default: "default"."""
+    batch_key: str | None = None
+    """A file's obs column with the batches. Default: the model's."""
+    counts: str | None = None
+    """A file's matrix with the counts: "X", "raw" or a layer. Default: found by looking."""
+    proteins: str | None = None
+    """A file's obsm element with protein counts. Default: the model's name for it."""
+    sum_duplicates: bool = False
+    """Add up the counts of genes that a file names twice. Default: refuse it."""
+    min_genes: float = 0.2
+    """Smallest share of the model's genes that a file must have."""

@@ -40,6 +40,7 @@ def _reference(view: View, bundle: Bundle) -> ad.AnnData:
     """The first blocks of the view, which is a random sample as views are shuffled."""
     schema = bundle.schema
     source, latent = view.source(schema), bundle.latent()
+    assert latent is not None  # of a model that was trained here
     blocks = [source.read(b) for b in range(min(-(-CELLS // view.block_rows), -(-view.n_rows // view.block_rows)))]
     counts = sp.vstack([sp.csr_matrix((b.data, b.indices, b.indptr), (b.n_cells, b.n_genes)) for b in blocks])[:CELLS]
     batch = np.concatenate([b.batch_index for b in blocks])[:CELLS]

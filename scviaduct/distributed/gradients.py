@@ -10,7 +10,8 @@ holds the same cells on whatever rank it lies, so the sum has the same bits for 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import pairwise
+from dataclasses import replace
+from itertools import pairwise, repeat
 
 import torch
 from torch import Tensor, nn
@@ -52,26 +53,31 @@ def evaluate(model: Model, source: BlockSource, held_out: Sampler, workers: Work
 
 
 def lanes(batch: Batch) -> Iterator[Batch]:
-    """The lanes of a batch as batches of their own."""
-    for start, stop in pairwise(batch.lanes.tolist()):
-        yield cut(batch, start, stop, batch.lanes[:0])
+    """The lanes of a batch as batches of their own, each with its lane of the labelled cells."""
+    others = lanes(batch.labelled) if batch.labelled else repeat(None)
+    for (start, stop), labelled in zip(pairwise(batch.lanes.tolist()), others, strict=False):
+        yield replace(cut(batch, start, stop, batch.lanes[:0]), labelled=labelled)
 
 
 def _sums(losses: Losses) -> Tensor:
-    n = losses.n_cells
-    parts = (losses.loss.detach() * n, losses.reconstruction, losses.kl)
-    return torch.tensor([*(float(part) for part in parts), n], dtype=torch.float64)
+    parts = (losses.loss.detach() * _share(losses), losses.reconstruction, losses.kl)
+    return torch.tensor([*(float(part) for part in parts), losses.n_cells], dtype=torch.float64)
+
+
+def _share(losses: Losses) -> int:
+    """What a loss counts for: its cells, and 1 where there are only labelled ones, whose loss is a sum."""
+    return max(1, losses.n_cells)
 
 
 def _lane_by_lane(net: nn.Module, batch: Batch, kl_weight: float, n_global: int, workers: Workers) -> Tensor:
     parameters = [p for p in net.parameters() if p.requires_grad]
     sums, rows = torch.zeros(4, dtype=torch.float64), []
     for lane in lanes(batch):
-        if lane.n_cells == 0:
+        if lane.n_cells == 0 and (lane.labelled is None or lane.labelled.n_cells == 0):
             rows.append(parameters[0].new_zeros(sum(p.numel() for p in parameters)))
             continue
         losses = net(lane, kl_weight=kl_weight)
-        gradients = torch.autograd.grad(losses.loss * (lane.n_cells / n_global), parameters)
+        gradients = torch.autograd.grad(losses.loss * (_share(losses) / n_global), parameters, materialize_grads=True)
         rows.append(torch.cat([g.reshape(-1) for g in gradients]))
         sums += _sums(losses)
     total = torch.zeros_like(rows[0])

@@ -48,7 +48,9 @@ def inspect(path: str | Path, *, counts: str | None = None, sum_duplicates: bool
     """
     path = Path(path)
     if not path.exists():
-        raise UnreadableFileError(f"{path} does not exist; name an h5ad or another file of counts, an atlas, a run or a bundle.")
+        raise UnreadableFileError(
+            f"{path} does not exist; name an h5ad or another file of counts, an atlas, a run or a bundle."
+        )
     if path.is_file():
         return _counts(path, counts, sum_duplicates=sum_duplicates)
     if (path / ATLAS_MARKER).exists() or (path / "datasets").exists():
@@ -109,6 +111,8 @@ def _atlas(path: Path) -> Inspection:
         facts[f"view {view.name}"] = (
             f"{view.n_rows:,} cells x {len(view.genes):,} genes, {view.excluded:,} cells left out{_age(view, made_of)}"
         )
+        if view.panels:
+            facts[f"proteins of {view.name}"] = f"{len(view.panels.names):,} ({view.panels.key})"
     return Inspection("atlas", path, facts | _unfinished(path))
 
 
@@ -145,4 +149,7 @@ def _bundle(path: Path) -> Inspection:
         "options": ", ".join(f"{k}={v}" for k, v in bundle.facts["config"].items()),
         "MLflow run": training["mlflow_run"] or "none",
     }
+    if imported := bundle.facts.get("imported"):
+        without = "" if imported["reference"] else "; without the reference's cells, so labels cannot be transferred"
+        facts |= {"imported": f"{imported['from']}{without}"}
     return Inspection("bundle" if bundle.path == path else "run", path, facts)

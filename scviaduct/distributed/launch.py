@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from scviaduct.distributed.cluster import ray_cluster
 from scviaduct.distributed.config import TrainConfig
+from scviaduct.distributed.nodes import require_resources, require_shared_files
 from scviaduct.errors import DataError, ScviaductError
-from scviaduct.storage.manifest import read_json, write_json_atomic
+from scviaduct.storage.manifest import ATLAS_MARKER, VIEW_MARKER, read_json, write_json_atomic
 
 if TYPE_CHECKING:
     from scviaduct.distributed.train import Job
@@ -27,6 +28,7 @@ def run_on_workers(work: Callable[[Job], None], job: Job, config: TrainConfig) -
 
     Raises:
         ScviaductError: what `work` raised, or that workers were lost too often.
+        ConfigError: the cluster has not what is asked for, or a node does not see the files.
     """
     if config.workers == 1 and not config.address:
         work(job)
@@ -46,12 +48,22 @@ def _fit_on_ray(work: Callable[[Job], None], job: Job, config: TrainConfig) -> N
     from ray.train import FailureConfig, RunConfig, ScalingConfig, WorkerGroupError
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    use_gpu = ray.cluster_resources().get("GPU", 0) >= config.workers
+    gpus = config.gpus_per_worker
+    if gpus is None:
+        gpus = float(ray.cluster_resources().get("GPU", 0) >= config.workers)
+    require_resources(config.workers, gpus)
+    if config.address:
+        view = f"{job.atlas}/views/{config.view}/{VIEW_MARKER}"
+        require_shared_files([f"{job.atlas}/{ATLAS_MARKER}", view], job.out)
     trainer = TorchTrainer(
         _on_worker,
         train_loop_config={"work": work, "job": job},
-        scaling_config=ScalingConfig(num_workers=config.workers, use_gpu=use_gpu),
-        torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if use_gpu else "gloo", timeout_s=COLLECTIVE_TIMEOUT_S),
+        scaling_config=ScalingConfig(
+            num_workers=config.workers,
+            use_gpu=gpus > 0,
+            resources_per_worker={"CPU": 1} | ({"GPU": gpus} if gpus else {}),
+        ),
+        torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if gpus else "gloo", timeout_s=COLLECTIVE_TIMEOUT_S),
         run_config=RunConfig(
             # a new name each time: Ray takes a finished run's name as "nothing left to do"
             name=f"{job.out.name}-{uuid.uuid4().hex[:8]}",

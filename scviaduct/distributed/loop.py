@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,11 +20,11 @@ from scviaduct.distributed.gradients import backward, evaluate
 from scviaduct.distributed.workers import Workers
 from scviaduct.errors import ConfigError, DataError
 from scviaduct.models.base import Model
-from scviaduct.schema import Batch
+from scviaduct.models.training import TrainingPlan
+from scviaduct.schema import MISSING, Batch
+from scviaduct.storage.labelled import LabelledPlan
 from scviaduct.storage.loader import BlockSource
 from scviaduct.storage.sampler import Sampler, Split, StratifiedSplit
-
-PLATEAU_FACTOR, PLATEAU_PATIENCE = 0.6, 30  # scvi-tools' ReduceLROnPlateau
 
 
 @dataclass(frozen=True)
@@ -49,21 +50,20 @@ def fit(
         DataError: the loss is not finite; names the step and cells.
     """
     workers, hooks = workers or Workers.current(), hooks or Hooks()  # [1] which of how many processes this is
+    plan = config.plan(model.plan, source.n_rows)
     train, held_out = samplers(model, source, config, workers)
-    optimizer = torch.optim.Adam(
-        model.parameters(), lr=config.lr, eps=0.01, weight_decay=config.weight_decay, fused=True
-    )
+    optimizer = optimizer_of(model, plan)
     progress = hooks.checkpoints.restore(model, optimizer, workers.rank) if hooks.checkpoints else Progress()
     net = workers.wrap(model, deterministic=config.deterministic)  # [2] backward averages gradients over the workers
-    loader = workers.loader(source, train, model.device)  # [3] my lanes only
-    saved = time.monotonic()
+    loader = workers.loader(source, train, model.device, labelled(model, source, train))  # [3] my lanes only
+    saved, epochs = time.monotonic(), plan.max_epochs or 1
 
-    while progress.epoch < config.epochs_for(source.n_rows) and not progress.finished:
+    while progress.epoch < epochs and not progress.finished:
         model.train()
         watch, first = time.perf_counter(), progress.step
         with loader.epoch(progress.epoch, first) as batches:
             for batch in batches:
-                kl_weight = config.kl_weight(progress.epoch, progress.epoch * train.steps + progress.step)
+                kl_weight = plan.kl_weight(progress.epoch, progress.epoch * train.steps + progress.step)
                 optimizer.zero_grad(set_to_none=True)
                 sums = backward(
                     net, batch, kl_weight, train.rows_at(progress.step), workers, deterministic=config.deterministic
@@ -89,10 +89,10 @@ def fit(
         record |= {"epoch": progress.epoch, "seconds": seconds, "data_wait": batches.waited / seconds}
         record["cells_per_second"] = train.n_kept * (train.steps - first) / train.steps / seconds
         progress.close_epoch(record)
-        _judge(progress, record, config, model, optimizer)
+        _judge(progress, record, plan, model, optimizer)
         if workers.rank == 0:
             hooks.on_epoch(record)
-        progress.finished |= progress.epoch >= config.epochs_for(source.n_rows)
+        progress.finished |= progress.epoch >= epochs
         if progress.finished or _due(hooks, saved, 0, workers):
             _save(hooks, model, optimizer, progress, train, workers)
             saved = time.monotonic()
@@ -100,6 +100,25 @@ def fit(
     if progress.best_weights:
         model.load_state_dict(progress.best_weights)
     return progress
+
+
+def optimizer_of(model: Model, plan: TrainingPlan) -> torch.optim.Optimizer:
+    """The plan's optimizer over the model's parameters; those of its opponent keep a learning rate of their own."""
+    kind = {"Adam": torch.optim.Adam, "AdamW": torch.optim.AdamW}[plan.optimizer]
+    apart = list(model.opponent.parameters()) if model.opponent else []
+    own = {id(p) for p in apart}
+    groups: list[dict[str, Any]] = [{"params": [p for p in model.parameters() if id(p) not in own]}]
+    if model.opponent:
+        groups.append({"params": apart, "lr": model.opponent.lr})
+    return kind(groups, lr=plan.lr, eps=plan.eps, weight_decay=plan.weight_decay, fused=True)
+
+
+def labelled(model: Model, source: BlockSource, train: Sampler) -> LabelledPlan | None:
+    """The plan of the cells with a label that go with each batch, where the model wants them and there are any."""
+    wanted = model.labelled_stream()
+    if wanted is None or not bool(((codes := source.labels()) != MISSING).any()):
+        return None
+    return LabelledPlan(main=train, codes=codes, n_samples_per_label=wanted.n_samples_per_label)
 
 
 def samplers(model: Model, source: BlockSource, config: FitConfig, workers: Workers) -> tuple[Sampler, Sampler | None]:
@@ -111,6 +130,9 @@ def samplers(model: Model, source: BlockSource, config: FitConfig, workers: Work
         )
     if source.n_rows < 4 * workers.world_size:
         raise ConfigError(f"{source.n_rows} cells are too few for {workers.world_size} workers; use --workers 1.")
+    batch_size = config.plan(model.plan, source.n_rows).batch_size
+    if workers.world_size > 1 and batch_size < 4 * workers.world_size:
+        raise ConfigError(f"batch_size {batch_size} is too small for {workers.world_size} workers: 4 cells each.")
 
     split = Split(config.validation_size, config.seed)
     if config.validation_stratify_by:
@@ -121,7 +143,7 @@ def samplers(model: Model, source: BlockSource, config: FitConfig, workers: Work
         return Sampler(
             n_rows=source.n_rows,
             block_rows=source.block_rows,
-            batch_size=config.batch_size,
+            batch_size=batch_size,
             seed=config.seed,
             n_lanes=config.n_lanes,
             split=split,
@@ -172,22 +194,23 @@ def _save(
 
 
 def _judge(
-    progress: Progress, record: dict[str, float], config: FitConfig, model: Model, optimizer: torch.optim.Optimizer
+    progress: Progress, record: dict[str, float], plan: TrainingPlan, model: Model, optimizer: torch.optim.Optimizer
 ) -> None:
-    """Early stopping and learning-rate plateau, from the validation elbo (the training elbo without validation)."""
-    value = record.get("elbo_validation", record["elbo_train"])
-    improved = progress.best is None or value < progress.best - config.early_stopping_min_delta
+    """Early stopping and learning-rate plateau, from the held-out cells (the training cells where none are)."""
+    name = plan.early_stopping_monitor
+    value = record.get(f"{name}_validation", record[f"{name}_train"])
+    improved = progress.best is None or value < progress.best - plan.early_stopping_min_delta
     if improved:
         progress.best, progress.best_epoch, progress.plateau_epochs = value, progress.epoch - 1, 0
-        if config.early_stopping:
+        if plan.early_stopping:
             progress.best_weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     else:
         progress.plateau_epochs += 1
     stale = progress.epoch - 1 - progress.best_epoch
-    progress.finished = config.early_stopping and stale >= config.early_stopping_patience
-    if config.reduce_lr_on_plateau and progress.plateau_epochs > PLATEAU_PATIENCE:
+    progress.finished = plan.early_stopping and stale >= plan.early_stopping_patience
+    if plan.reduce_lr_on_plateau and progress.plateau_epochs > plan.lr_patience:
         progress.plateau_epochs = 0
-        optimizer.param_groups[0]["lr"] *= PLATEAU_FACTOR
+        optimizer.param_groups[0]["lr"] *= plan.lr_factor
 
 
 def embed(model: Model, batches: Iterator[Batch]) -> Iterator[tuple[Batch, Tensor]]:

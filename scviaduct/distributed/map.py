@@ -27,6 +27,7 @@ from scviaduct.distributed.config import MapConfig
 from scviaduct.distributed.datafacts import tell_data
 from scviaduct.distributed.files import refuse_existing
 from scviaduct.distributed.loop import embed, fit
+from scviaduct.distributed.nodes import require_resources, require_shared_files
 from scviaduct.distributed.tracking import Tracker, fetch_model, flat
 from scviaduct.distributed.transfer import Neighbours, Transferred
 from scviaduct.distributed.workers import device
@@ -34,9 +35,11 @@ from scviaduct.errors import ConfigError, DataError, ScviaductError
 from scviaduct.models.base import Model
 from scviaduct.models.scanvi import SCANVI
 from scviaduct.models.surgery import extend
+from scviaduct.schema import MISSING
 from scviaduct.storage.loader import MemorySource, stream
 from scviaduct.storage.places import local
 from scviaduct.storage.query import Query, read_query
+from scviaduct.storage.query_labels import with_labels
 from scviaduct.storage.results import write_result
 
 log = logging.getLogger(__name__)
@@ -58,6 +61,14 @@ class Mapped:
     genes_matched: int = 0
     genes: int = 0
     """Genes of the reference."""
+    proteins_matched: int = 0
+    """Proteins of the reference that the query's panel has."""
+    proteins: int = 0
+    """Proteins of the reference."""
+    proteins_ignored: int = 0
+    """Proteins of the query that the reference does not have."""
+    labelled: int = 0
+    """Cells whose own label was learnt from."""
     uncertainty: float = float("nan")
     """Mean uncertainty of the transferred labels."""
     epochs: int = 0
@@ -79,14 +90,15 @@ class Reference:
 
     facts: dict[str, Any]
     weights: dict[str, NDArray[Any]]
-    latent: NDArray[np.float32]
+    latent: NDArray[np.float32] | None
     labels: NDArray[np.integer[Any]] | None
 
     @classmethod
     def of(cls, bundle: Bundle) -> Reference:
         """Read a bundle."""
         weights = {name: tensor.numpy() for name, tensor in bundle.weights().items()}
-        return cls(bundle.facts, weights, np.asarray(bundle.latent()), bundle.labels())
+        latent = bundle.latent()
+        return cls(bundle.facts, weights, None if latent is None else np.asarray(latent), bundle.labels())
 
     def model(self) -> Model:
         """A model of its own."""
@@ -172,7 +184,10 @@ def _on_ray(reference: Reference, paths: list[Path], config: MapConfig) -> Itera
     """At most `workers` queries at a time as Ray tasks; the reference travels once, through the object store."""
     import ray
 
-    task = ray.remote(num_cpus=1, max_retries=1)(map_one)
+    require_resources(1, config.gpus_per_worker)
+    if config.address:
+        require_shared_files([str(path) for path in paths], config.out)
+    task = ray.remote(num_cpus=1, num_gpus=config.gpus_per_worker, max_retries=1)(map_one)
     shared, todo = ray.put(reference), list(reversed(paths))
     running: dict[Any, Path] = {}
     while todo or running:
@@ -202,7 +217,8 @@ def map_one(reference: Reference, path: Path, config: MapConfig) -> Mapped:
 
 def _map_one(reference: Reference, path: Path, config: MapConfig) -> Mapped:
     model = reference.model()
-    torch.set_num_threads(config.fit.threads_for(config.workers, torch.multiprocessing.cpu_count()))
+    batch_size = config.fit.batch_size or model.plan.batch_size
+    torch.set_num_threads(config.fit.threads_for(batch_size, config.workers, torch.multiprocessing.cpu_count()))
     query = read_query(
         path,
         model.schema,
@@ -212,9 +228,12 @@ def _map_one(reference: Reference, path: Path, config: MapConfig) -> Mapped:
         one_batch=config.one_batch,
         reuse_batches=config.reuse_batches,
         floor=config.min_genes,
+        proteins=config.proteins,
     )
+    query, remark = _labelled(query, model, config)
     torch.manual_seed(config.fit.seed)
-    adapted = extend(model, query.schema).to(device())
+    trained = ("classifier",) if config.train_classifier else ()
+    adapted = extend(model, query.schema, trained=trained).to(device())
     source = MemorySource(query.batch)
     tell_data(adapted, source)
     history = fit(adapted, source, config.fit).history if adapted.query_parameters() else []
@@ -232,14 +251,32 @@ def _map_one(reference: Reference, path: Path, config: MapConfig) -> Mapped:
         mapped=len(query.kept),
         genes_matched=query.match.n_matched,
         genes=len(model.schema.genes),
+        proteins_matched=query.proteins.matched if query.proteins else 0,
+        proteins=len(model.schema.proteins),
+        proteins_ignored=query.proteins.ignored if query.proteins else 0,
         uncertainty=round(float(labelled.uncertainty.mean()), 4) if labelled else float("nan"),
+        labelled=int((query.batch.labels != MISSING).sum()),
         epochs=len(history),
+        message=remark,
         history=history,
     )
 
 
+def _labelled(query: Query, model: Model, config: MapConfig) -> tuple[Query, str]:
+    """The query with its own labels, where these are asked for, and a remark on them."""
+    if config.labels_key is None and not config.train_classifier:
+        return query, ""
+    if not isinstance(model, SCANVI) or model.schema.labels is None:
+        raise ConfigError(
+            f"labels_key and train_classifier are for models with a classifier (scanvi), not {type(model).__name__}."
+        )
+    if config.labels_key is None:
+        return query, ""
+    return with_labels(query, model.schema.labels, config.labels_key, model.schema.unlabeled_category)
+
+
 def _transfer(reference: Reference, model: Model, latent: NDArray[np.float32], config: MapConfig) -> Transferred | None:
-    if model.schema.labels is None or reference.labels is None:
+    if model.schema.labels is None or reference.latent is None or reference.labels is None:
         return None
     return Neighbours(reference.latent, reference.labels, config.n_neighbors).transfer(latent)
 

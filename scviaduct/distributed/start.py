@@ -10,7 +10,7 @@ from scviaduct.errors import ConfigError
 from scviaduct.models.base import Model
 from scviaduct.schema import Schema
 
-_COMPARED = ("genes", "batch", "categorical", "continuous", "size_factor")
+_COMPARED = ("genes", "batch", "categorical", "continuous", "size_factor", "proteins")
 
 
 def options_of(bundle: Bundle, kind: type[Model]) -> dict[str, Any]:

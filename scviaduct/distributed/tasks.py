@@ -2,11 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 Result = TypeVar("Result")
+
+
+@contextmanager
+def executor_at(address: str | None, workers: int | None) -> Iterator[Executor | None]:
+    """An executor on the Ray cluster at `address`; None without one: the work is done on this machine."""
+    if address is None:
+        yield None
+        return
+    from scviaduct.distributed.cluster import ray_cluster
+
+    with ray_cluster(address, workers or 1), RayExecutor() as executor:
+        yield executor
 
 
 class RayExecutor(Executor):

@@ -12,10 +12,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -23,7 +24,7 @@ import torch
 from scviaduct.distributed.bundle import Bundle
 from scviaduct.distributed.celllog import CellLog
 from scviaduct.distributed.checkpoint import Checkpoints
-from scviaduct.distributed.config import TrainConfig
+from scviaduct.distributed.config import FitConfig, TrainConfig
 from scviaduct.distributed.datafacts import tell_data
 from scviaduct.distributed.files import refuse_existing
 from scviaduct.distributed.follow import Follower
@@ -43,8 +44,12 @@ from scviaduct.storage.places import Place, absolute, local
 from scviaduct.storage.view import View
 
 OnEpoch = Callable[[dict[str, float]], None]
+Options = TypeVar("Options", TrainConfig, FitConfig)
 
-_FREE_ON_RESUME = {"out", "workers", "address", "resume", "checkpoint_seconds", "max_failures", "tracking", "log_cells"}
+_FREE_ON_RESUME = {
+    *("out", "workers", "address", "gpus_per_worker", "resume"),
+    *("checkpoint_seconds", "max_failures", "tracking", "log_cells"),
+}
 
 
 @dataclass(frozen=True)
@@ -85,6 +90,8 @@ def train(atlas: str | Place, config: TrainConfig, *, on_epoch: OnEpoch | None =
     options = model_config(kind, config.preset, config.set, options_of(start, kind) if start else None)
     # options that do not fit the data or each other fail here, before anything is written
     model = kind(schema, options)
+    plan = config.fit.plan(kind.plan, view.n_rows, refines=start is not None)
+    config = dataclasses.replace(config, fit=config.fit.decided(plan))
     samplers(model, view.source(schema), config.fit, Workers(0, config.workers))
     if start:
         start_from(model, start)
@@ -92,11 +99,23 @@ def train(atlas: str | Place, config: TrainConfig, *, on_epoch: OnEpoch | None =
     tracker = _open_run(job, view)
     with (
         tracker.closing(),
+        _nothing_left(job),
         Follower(config.out / "history.jsonl", [*_listeners(tracker), *([on_epoch] if on_epoch else [])]),
     ):
         run_on_workers(work, job, config)
         bundle = _bundle(job, view, tracker)
     return bundle
+
+
+@contextmanager
+def _nothing_left(job: Job) -> Iterator[None]:
+    """A run that the cluster refused before any worker began leaves no folder, so that its name is free."""
+    try:
+        yield
+    except ConfigError:
+        if not (job.out / "attempts.json").exists():
+            shutil.rmtree(job.out)
+        raise
 
 
 def _absolute(config: TrainConfig) -> TrainConfig:
@@ -108,10 +127,11 @@ def _absolute(config: TrainConfig) -> TrainConfig:
 def work(job: Job) -> None:
     """One worker's part of the run: train, then embed its share of the reference."""
     config, workers = job.config, Workers.current()
-    torch.set_num_threads(config.fit.threads_for(config.workers, torch.multiprocessing.cpu_count()))
     source = View.open(job.atlas, config.view).source(job.schema)
-    torch.manual_seed(config.fit.seed)
     kind = model_class(config.model)
+    batch_size = config.fit.plan(kind.plan, source.n_rows).batch_size
+    torch.set_num_threads(config.fit.threads_for(batch_size, config.workers, torch.multiprocessing.cpu_count()))
+    torch.manual_seed(config.fit.seed)
     model = kind(job.schema, kind.Config(**job.model_options)).to(device())
     if config.init_from:
         start_from(model, Bundle.open(config.init_from))
@@ -134,6 +154,7 @@ def _schema(view: View, config: TrainConfig) -> Schema:
         categorical_covariate_keys=config.categorical_covariate_keys,
         continuous_covariate_keys=config.continuous_covariate_keys,
         size_factor_key=config.size_factor_key,
+        proteins=model_class(config.model).uses_proteins,
     )
 
 
@@ -143,14 +164,18 @@ def _as_started(config: TrainConfig) -> TrainConfig:
     if not file.is_file():
         raise ConfigError(f"There is no run to resume in {config.out}; leave --resume out to start one.")
     started = TrainConfig.from_dict(read_json(file)["config"])
-    default, clash = TrainConfig(out=config.out), []
-    for field in dataclasses.fields(config):
-        now, then = getattr(config, field.name), getattr(started, field.name)
-        if field.name not in _FREE_ON_RESUME and now not in (then, getattr(default, field.name)):
-            clash.append(f"{field.name}: the run has {then}, now {now}")
+    clash = _clashes(config, started, TrainConfig(out=config.out), _FREE_ON_RESUME | {"fit"})
+    clash += _clashes(config.fit, started.fit, FitConfig(), set())
     if clash:
         raise ConfigError(f"The run in {config.out} was started with other options: {'; '.join(clash)}.")
     return dataclasses.replace(started, **{name: getattr(config, name) for name in _FREE_ON_RESUME})
+
+
+def _clashes(now: Options, started: Options, default: Options, free: set[str]) -> list[str]:
+    """The options that were given, are not free, and are not those of the run."""
+    pairs = [(f.name, getattr(now, f.name), getattr(started, f.name)) for f in dataclasses.fields(now)]
+    given = [p for p in pairs if p[0] not in free and p[1] != getattr(default, p[0])]
+    return [f"{name}: the run has {then}, now {new}" for name, new, then in given if new != then]
 
 
 def _open_run(job: Job, view: View) -> Tracker:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
+from scviaduct.storage.labelled import LabelledLoader, LabelledPlan
 from scviaduct.storage.loader import BlockSource, Loader
 from scviaduct.storage.sampler import Sampler
 
@@ -39,20 +40,19 @@ class Workers:
         """The place in torch's process group, when one is up."""
         return cls(dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else cls()
 
-    def loader(self, source: BlockSource, sampler: Sampler, target: torch.device) -> Loader:
-        """This worker's batches, for a model on `target`.
+    def loader(
+        self, source: BlockSource, sampler: Sampler, target: torch.device, labelled: LabelledPlan | None = None
+    ) -> Loader:
+        """This worker's batches, for a model on `target`, with labelled ones where these are planned.
 
         For a GPU they keep the types on disk, 3 or 4 bytes a non-zero instead of 8, and are widened there.
         """
         gpu = target.type == "cuda"
-        return Loader(
-            source,
-            sampler,
-            rank=self.rank,
-            world_size=self.world_size,
-            compact=gpu,
-            allocate=pinned if gpu else None,
-        )
+        allocate = pinned if gpu else None
+        rank, world_size = self.rank, self.world_size
+        if labelled:
+            return LabelledLoader(source, labelled, rank=rank, world_size=world_size, compact=gpu, allocate=allocate)
+        return Loader(source, sampler, rank=rank, world_size=world_size, compact=gpu, allocate=allocate)
 
     def wrap(self, model: nn.Module, *, deterministic: bool = False) -> nn.Module:
         """The model whose backward averages gradients over the workers; itself when alone or deterministic."""

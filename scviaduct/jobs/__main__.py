@@ -11,7 +11,24 @@ from rich.console import Console
 
 from scviaduct import __version__
 from scviaduct.errors import ScviaductError
-from scviaduct.jobs import convert, demo, export, inspect, map, prepare, repair, train, verify
+from scviaduct.jobs import (
+    convert,
+    de,
+    decode,
+    demo,
+    embed,
+    evaluate,
+    export,
+    import_,
+    inspect,
+    map,
+    prepare,
+    repair,
+    status,
+    submit,
+    train,
+    verify,
+)
 
 
 def _shown(default: object) -> str | None:
@@ -27,8 +44,12 @@ app = App(
     default_parameter=Parameter(negative_iterable=(), show_default=_shown),
 )
 
-for _place, _verb in enumerate((convert, prepare, train, map, inspect, verify, repair, export, demo)):
-    app.command(_verb.command, name=_verb.__name__.rpartition(".")[2], sort_key=_place)
+_VERBS = (
+    *(convert, prepare, train, status, map, embed, decode, evaluate, de),
+    *(inspect, verify, repair, export, import_, submit, demo),
+)
+for _place, _verb in enumerate(_VERBS):
+    app.command(_verb.command, name=_verb.__name__.rpartition(".")[2].rstrip("_"), sort_key=_place)
 
 _SURROUNDINGS = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EEXIST}
 """What the machine may refuse whoever is right: permissions, space, a file where a folder should be."""

@@ -30,8 +30,8 @@ def command(
 ) -> int:
     """h5ad files become one verified, chunked Zarr atlas.
 
-    AnnData Zarr stores and 10x Genomics h5 files are taken, too. Every count is checked on the way, and what was written is read back. After a kill, or when the disk was full, the
-    same command goes on where it was.
+    AnnData Zarr stores, 10x Genomics h5 files and MuData are taken, too. Every count is checked on the way, and what was
+    written is read back. After a kill, or when the disk was full, the same command goes on where it was.
 
     Args:
         files: Files, one a data set.
@@ -40,24 +40,20 @@ def command(
         memory: Memory to stay below, all processes together, e.g. 2GB.
         workers: Processes. Default: one a core, fewer where memory or files are few.
         append: Add the files to the finished atlas; what it has already stays untouched.
-        obsm: Elements of obsm to keep besides, where a file has them, e.g. protein_counts spatial.
+        obsm: Elements of obsm to keep besides, where a file has them, e.g. protein_expression spatial. Proteins of
+            10x Genomics h5 files and MuData are called protein_expression.
         layers: Layers to keep besides, where a file has them, e.g. spliced unspliced.
         sum_duplicates: Add up genes that are named twice instead of refusing the file.
         address: Address of a running Ray cluster ("auto", "ray://…") that shares the file system; memory is then that
             of a task.
     """
+    from scviaduct.distributed.tasks import executor_at
     from scviaduct.storage.atlas import Atlas
     from scviaduct.storage.convert import convert
 
     before = {d.id for d in Atlas.open(out).datasets} if append else set()
     with ExitStack() as stack:
-        executor = None
-        if address:
-            from scviaduct.distributed.cluster import ray_cluster
-            from scviaduct.distributed.tasks import RayExecutor
-
-            stack.enter_context(ray_cluster(address, workers or 1))
-            executor = stack.enter_context(RayExecutor())
+        executor = stack.enter_context(executor_at(address, workers))
         steps = stack.enter_context(Steps("convert", unit="cells"))
         atlas = convert(
             files,

@@ -24,7 +24,7 @@ def command(model: str, queries: list[Path], /, *, config: Annotated[MapConfig, 
 
     Args:
         model: A run, a bundle, or a registered model such as models:/kang@current.
-        queries: h5ad files, AnnData Zarr stores or 10x Genomics h5 files.
+        queries: h5ad files, AnnData Zarr stores, 10x Genomics h5 files or MuData.
     """
     from scviaduct.distributed.map import map
 

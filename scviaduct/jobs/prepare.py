@@ -27,6 +27,7 @@ def command(
     min_genes: int = 0,
     max_mito: float | None = None,
     is_primary_data: Annotated[bool, Parameter(negative="")] = False,
+    proteins: str | None = None,
     seed: int = 0,
     codec: Literal["lz4", "zstd", "none"] = "lz4",
     memory: str = "2GB",
@@ -50,6 +51,7 @@ def command(
         min_genes: Leave out cells with counts of fewer genes.
         max_mito: Leave out cells with a higher share of mitochondrial counts, in per cent.
         is_primary_data: Leave out cells whose obs column is_primary_data is not true.
+        proteins: obsm element with the protein counts (CITE-seq), kept by convert --obsm; totalvi needs them.
         seed: Decides the order of the cells on disk.
         codec: Compression of the view: fast, small (for slow disks), or none.
         memory: Memory to stay below, e.g. 2GB.
@@ -58,17 +60,12 @@ def command(
             of this process.
         overwrite: Replace a view of this name, and choose its genes anew.
     """
+    from scviaduct.distributed.tasks import executor_at
     from scviaduct.storage.prepare import prepare
     from scviaduct.storage.qc import Filters
 
     with ExitStack() as stack:
-        executor = None
-        if address:
-            from scviaduct.distributed.cluster import ray_cluster
-            from scviaduct.distributed.tasks import RayExecutor
-
-            stack.enter_context(ray_cluster(address, workers or 1))
-            executor = stack.enter_context(RayExecutor())
+        executor = stack.enter_context(executor_at(address, workers))
         view = prepare(
             atlas,
             genes=int(genes) if genes.isdigit() else genes,
@@ -77,6 +74,7 @@ def command(
             name=name,
             join=join,
             filters=Filters(min_counts, min_genes, max_mito, is_primary_data),
+            proteins=proteins,
             seed=seed,
             codec=codec,
             memory=memory,
@@ -85,7 +83,9 @@ def command(
             overwrite=overwrite,
             on_progress=stack.enter_context(_Phases()).at,
         )
-    output.print(f"View {view.name!r} of {atlas}: {view.n_rows:,} cells, {len(view.genes):,} genes{_left_out(view)}.")
+    output.print(
+        f"View {view.name!r} of {atlas}: {view.n_rows:,} cells, {len(view.genes):,} genes{_proteins(view)}{_left_out(view)}."
+    )
     chosen, datasets = view.manifest["genes_chosen_from"], view.manifest["datasets"]
     if chosen and len(chosen) < len(datasets):
         output.print(
@@ -95,6 +95,14 @@ def command(
     options = (f" --view {name}" if name != "default" else "") + (f" --batch-key {batch_key}" if batch_key else "")
     output.print(f"Next: scviaduct train {atlas}{options} --out runs/first", style="dim")
     return 0
+
+
+def _proteins(view: View) -> str:
+    """How many proteins the view has, and how many data sets count any."""
+    if view.panels is None:
+        return ""
+    panels = view.panels.datasets.values()
+    return f", {len(view.panels.names):,} proteins of {sum(map(bool, panels)):,} of {len(panels):,} data sets"
 
 
 def _left_out(view: View) -> str:

@@ -25,9 +25,7 @@ def command(
     from scviaduct.storage.repair import repair
 
     with Steps("repair") as steps:
-        report = repair(
-            atlas, sources=source, memory=memory, on_progress=lambda what, done, n: steps.at(done, what, n)
-        )
+        report = repair(atlas, sources=source, memory=memory, on_progress=lambda what, done, n: steps.at(done, what, n))
     for line in report.lines():
         output.print(line)
     left = len(report.findings)

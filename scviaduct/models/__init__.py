@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 MODELS = {
     "scvi": "scviaduct.models.scvi:SCVI",
     "scanvi": "scviaduct.models.scanvi:SCANVI",
+    "totalvi": "scviaduct.models.totalvi:TotalVI",
     "trvae": "scviaduct.models.trvae:TRVAE",
     "peakvi": "scviaduct.models.peakvi:PeakVI",
     "poissonvi": "scviaduct.models.poissonvi:PoissonVI",

@@ -221,7 +221,7 @@ def bernoulli(counts: Counts, h: Tensor, weight: Tensor, bias: Tensor, factors: 
     else:
         loss = negative_log_likelihood(counts.dense > 0, F.linear(h, weight, bias), factors).sum(1)
         mean = loss.mean()
-    return Reconstruction(mean, loss.detach().sum())
+    return Reconstruction(mean, loss.detach())
 
 
 def negative_log_likelihood(seen: Tensor, logits: Tensor, factors: Factors) -> Tensor:

@@ -7,7 +7,7 @@ at 5 % it is 0.13 and 0.16 ms. Nor is there a buffer that backward could find ov
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, cast
 
@@ -243,6 +243,13 @@ class Cells:
             as_tensor(batch.size_factor, np.float32, device),
             as_tensor(batch.proteins, np.float32, device),
         )
+
+    def in_batch(self, code: int | Tensor | None) -> Cells:
+        """The same cells as if they came from the batch with this code, or with a (cells,) code each; None: their own."""
+        if code is None:
+            return self
+        codes = code if isinstance(code, Tensor) else torch.full_like(self.codes[0], code)
+        return replace(self, codes=(codes, *self.codes[1:]))
 
 
 def _check(batch: Batch, schema: Schema) -> None:

@@ -49,6 +49,10 @@ class Decoded(NamedTuple):
         """(cells, genes) expected counts."""
         return torch.exp(self.library).unsqueeze(1) * self.scale
 
+    def scaled(self, library_size: float | None) -> Tensor:
+        """(cells, genes) expected counts of cells of this size; None for their own."""
+        return self.rate if library_size is None else self.scale * library_size
+
     @property
     def theta(self) -> Tensor | None:
         """exp(px_r): the inverse dispersion."""
@@ -60,8 +64,13 @@ class Reconstruction(NamedTuple):
 
     mean: Tensor
     """Mean over the cells, to differentiate."""
-    total: Tensor
-    """Sum over the cells, detached."""
+    per_cell: Tensor
+    """(cells,), detached."""
+
+    @property
+    def total(self) -> Tensor:
+        """Sum over the cells, detached."""
+        return self.per_cell.sum()
 
 
 def reconstruction(kind: str, counts: Counts, px: Decoded) -> Reconstruction:
@@ -76,7 +85,7 @@ def reconstruction(kind: str, counts: Counts, px: Decoded) -> Reconstruction:
     else:
         loss = negative_log_likelihood(kind, counts.dense.to(px.logits.dtype), px).sum(1)
         mean = loss.mean()
-    return Reconstruction(mean, loss.detach().sum())
+    return Reconstruction(mean, loss.detach())
 
 
 def _check_shapes(counts: Counts, px: Decoded) -> None:

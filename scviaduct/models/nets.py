@@ -23,6 +23,7 @@ from scviaduct.models.counts import Cells
 from scviaduct.models.noise import Noise
 
 _VAR_EPS = 1e-4
+_HALF_LOG_2PI = 0.5 * math.log(2.0 * math.pi)
 
 
 class Gaussian(NamedTuple):
@@ -36,6 +37,15 @@ class Gaussian(NamedTuple):
     def sample(self, noise: Noise) -> Tensor:
         """A reparameterised draw, (cells, latent)."""
         return torch.addcmul(self.mean, self.std, noise.normal(self.mean.shape[1]))
+
+    def log_prob(self, z: Tensor) -> Tensor:
+        """Log density at z, summed over the latent dimensions, the last."""
+        return -(0.5 * ((z - self.mean) / self.std) ** 2 + torch.log(self.std) + _HALF_LOG_2PI).sum(-1)
+
+    def log_ratio(self, z: Tensor, mean: Tensor | float = 0.0, std: Tensor | float = 1.0) -> Tensor:
+        """(cells,) log density of N(mean, std**2) at z, minus that of this: an estimate of minus `kl`."""
+        ratio = 0.5 * (((z - self.mean) / self.std) ** 2 - ((z - mean) / std) ** 2)
+        return (ratio + torch.log(self.std / std)).sum(-1)
 
     def kl(self, mean: Tensor | float = 0.0, std: Tensor | float = 1.0) -> Tensor:
         """(cells,) KL divergence from this to N(mean, std**2), summed over the latent dimensions."""
@@ -171,7 +181,8 @@ class _SynchronisedBatchNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        mine = torch.cat([x.new_tensor([float(len(x))]), x.mean(0), x.var(0, correction=0)])
+        moments = (x.mean(0), x.var(0, correction=0)) if len(x) else (x.new_zeros(2 * x.shape[1]),)
+        mine = torch.cat([x.new_tensor([float(len(x))]), *moments])
         parts = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
         dist.all_gather(parts, mine)
         n, means, variances = torch.stack(parts).split([1, x.shape[1], x.shape[1]], dim=1)

@@ -7,6 +7,7 @@ the cell and whatever else is in its batch. The hash is splitmix64 (Steele, Lea 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import numba
 import numpy as np
@@ -98,6 +99,13 @@ class Noise:
         radius = torch.sqrt(-2.0 * torch.log(u[:, 0::2]))
         angle = (2.0 * math.pi) * u[:, 1::2]
         return torch.stack([radius * torch.cos(angle), radius * torch.sin(angle)], 2).flatten(1)[:, :width]
+
+    def generators(self) -> Iterator[np.random.Generator]:
+        """For each cell a generator of its own, for numpy's distributions."""
+        draw = self._draw
+        self._draw += 1
+        for seed in self._seeds:
+            yield np.random.Generator(np.random.Philox(key=np.array([seed, draw], np.uint64)))
 
     def dropout(self, h: Tensor, p: float) -> Tensor:
         """Inverted dropout: zero with probability p, otherwise h / (1 - p); h itself when p is 0."""

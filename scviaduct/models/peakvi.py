@@ -20,25 +20,40 @@ the only array of that size (see bernoulli).
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import cast
+from typing import ClassVar, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from scviaduct.errors import ConfigError
-from scviaduct.models.base import Losses, Model, require, require_range
+from scviaduct.models.base import COUNTS, Losses, Model, Offer, Quantity, Scores, require, require_range
 from scviaduct.models.bernoulli import Factors, bernoulli
 from scviaduct.models.counts import Cells
+from scviaduct.models.likelihoods import Reconstruction
 from scviaduct.models.nets import CategoricalLinear, CountsLinear, FCLayers, Gaussian, Given, Hidden
 from scviaduct.models.noise import Noise
 from scviaduct.models.scvi import PLACES
+from scviaduct.models.training import TrainingPlan
 from scviaduct.schema import Batch, Schema
 
 LEAKY = 0.01
 """torch's LeakyReLU."""
+
+
+PLAN = TrainingPlan(
+    max_epochs=500,
+    optimizer="AdamW",
+    lr=1e-4,
+    eps=1e-8,
+    weight_decay=1e-3,
+    n_epochs_kl_warmup=50,
+    early_stopping=True,
+    early_stopping_monitor="reconstruction",
+    early_stopping_patience=50,
+)
+"""That of PEAKVI.train, which POISSONVI shares."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,6 +116,8 @@ class PeakVI(Model):
 
     Config = PeakVIConfig
     obsm_key = "X_PeakVI"
+    plan = replace(PLAN, max_kl_weight=1 / 128)  # what upstream's sum over cells makes of 1 at its batch size
+    quantities: ClassVar = {"accessibility": Offer("genes", ("normalize_cells", "normalize_regions")), "counts": COUNTS}
     config: PeakVIConfig
 
     def __init__(self, schema: Schema, config: PeakVIConfig | None = None) -> None:
@@ -153,14 +170,17 @@ class PeakVI(Model):
             z = torch.cat([z, cells.continuous], 1)
         return self.decoder(z, cells.codes, None)
 
+    def _reconstruction(self, z: Tensor, depth: Tensor | None, cells: Cells) -> Reconstruction:
+        """-log p(x | z, s)."""
+        factors = Factors(depth, cast("Tensor | None", self.region_logits))
+        return bernoulli(cells.counts, self.generative(z, cells), self.output.weight, self.output.bias, factors)
+
     def forward(self, batch: Batch, kl_weight: float = 1.0, noise: Noise | None = None) -> Losses:
         """The negative ELBO of a batch."""
         cells = Cells.of(batch, self.schema, self.device)
         noise = noise or Noise(batch.seeds, self.device)
         qz, depth = self.inference(cells, noise)
-        h = self.generative(qz.sample(noise), cells)
-        factors = Factors(depth, cast("Tensor | None", self.region_logits))
-        rec, kl = bernoulli(cells.counts, h, self.output.weight, self.output.bias, factors), qz.kl()
+        rec, kl = self._reconstruction(qz.sample(noise), depth, cells), qz.kl()
         return Losses(rec.mean + kl_weight * kl.mean(), rec.total, kl.detach().sum(), batch.n_cells)
 
     def encode(self, batch: Batch) -> Gaussian:
@@ -168,39 +188,37 @@ class PeakVI(Model):
         with self.evaluating():
             return self.inference(Cells.of(batch, self.schema, self.device), None)[0]
 
-    def accessibility(
-        self,
-        batch: Batch,
-        z: Tensor | None = None,
-        *,
-        normalize_cells: bool = False,
-        normalize_regions: bool = False,
-        transform_batch: int | None = None,
-        regions: Sequence[int] | None = None,
+    def decode(
+        self, quantity: Quantity, q: tuple[Gaussian, Tensor | None], cells: Cells, noise: Noise | None
     ) -> Tensor:
-        """(cells, regions) probability that a region is accessible, at the mean of q(z | x) unless z is given.
+        """Probability that a region is accessible (scvi-tools' get_normalized_accessibility), or 0 and 1 drawn with p d f.
 
-        scvi-tools' get_normalized_accessibility. Under "ln" its decoder gets the mean without the softmax, ours with it.
-
-        Args:
-            batch: the cells.
-            z: (cells, n_latent) where to decode; under "ln" before the softmax.
-            normalize_cells: scale by the cells' depths, which brings the estimate closer to what is observed.
-            normalize_regions: scale by the regions' factors.
-            transform_batch: code of the batch to decode for; None for the cells' own.
-            regions: indices of the regions wanted; None for all.
+        Under "ln" scvi-tools' decoder gets the mean without the softmax, ours with it.
         """
-        chosen = slice(None) if regions is None else torch.as_tensor(regions, device=self.device)
-        with self.evaluating():
-            cells = Cells.of(batch, self.schema, self.device)
-            qz, depth = self.inference(cells, None)
-            if transform_batch is not None:
-                cells = replace(cells, codes=(torch.full_like(cells.codes[0], transform_batch), *cells.codes[1:]))
-            h = self.generative(qz.mean if z is None else z, cells)
-            p = torch.sigmoid(F.linear(h, self.output.weight[chosen], self.output.bias[chosen]))
-            if normalize_cells and depth is not None:
-                p = p * torch.sigmoid(depth).unsqueeze(1)
-            return p * self.region_factors()[chosen] if normalize_regions and self.config.region_factors else p
+        qz, depth = q
+        h = self.generative(qz.mean if noise is None else qz.sample(noise), cells)
+        p = torch.sigmoid(F.linear(h, self.output.weight[quantity.chosen], self.output.bias[quantity.chosen]))
+        drawn = quantity.name == "counts"
+        if (drawn or quantity.normalize_cells) and depth is not None:
+            p = p * torch.sigmoid(depth).unsqueeze(1)
+        if (drawn or quantity.normalize_regions) and self.region_logits is not None:
+            p = p * self.region_factors()[quantity.chosen]
+        return _drawn(p, quantity, noise) if drawn and noise is not None else p
+
+    def score(self, q: tuple[Gaussian, Tensor | None], cells: Cells, noise: Noise) -> Scores:
+        """log p(x | z, s), and the KL divergence of z."""
+        qz, depth = q
+        z = qz.sample(noise)
+        log_likelihood = -self._reconstruction(z, depth, cells).per_cell
+        return Scores(log_likelihood, qz.kl(), log_likelihood + qz.log_ratio(z))
+
+    def of_cells(self, batch: Batch) -> dict[str, Tensor]:
+        """The cells' depths, where they are modelled."""
+        return {"depth": self.depths(batch)} if self.config.model_depth else {}
+
+    def of_genes(self) -> dict[str, Tensor]:
+        """The regions' factors, where they are modelled."""
+        return {"region_factor": self.region_factors()} if self.config.region_factors else {}
 
     def depths(self, batch: Batch) -> Tensor:
         """(cells,) depth of each cell, in (0, 1): scvi-tools' get_library_size_factors.
@@ -223,3 +241,10 @@ class PeakVI(Model):
         if self.region_logits is None:
             raise ConfigError("This PeakVI has no region factors; train one with region_factors=True")
         return torch.sigmoid(self.region_logits.detach())
+
+
+def _drawn(p: Tensor, quantity: Quantity, noise: Noise) -> Tensor:
+    """0 and 1, (cells, regions); a region's draw is the same whichever others are wanted."""
+    position = torch.arange(p.shape[1]) if quantity.features is None else torch.tensor(quantity.features)
+    uniform = noise.uniform(int(position.max()) + 1)[:, position.to(p.device)]
+    return (uniform < p).to(p.dtype)

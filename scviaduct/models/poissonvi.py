@@ -14,13 +14,15 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import ClassVar, cast
 
-import numpy as np
 from torch import Tensor, nn
 
-from scviaduct.models.base import require, require_range
-from scviaduct.models.peakvi import LEAKY, require_sizes, sizes
+from scviaduct.models.base import COUNTS, Offer, Quantity, require, require_range
+from scviaduct.models.counts import Cells
+from scviaduct.models.nets import Gaussian
+from scviaduct.models.noise import Noise
+from scviaduct.models.peakvi import LEAKY, PLAN, require_sizes, sizes
 from scviaduct.models.scvi import SCVI, SCVIConfig
-from scviaduct.schema import Batch, Schema
+from scviaduct.schema import Schema
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +62,8 @@ class PoissonVI(SCVI):
 
     Config = PoissonVIConfig  # type: ignore[assignment]
     obsm_key = "X_PoissonVI"
+    plan = PLAN
+    quantities: ClassVar = {"accessibility": Offer("genes", ("library_size", "normalize_regions")), "counts": COUNTS}
     negative_slope = LEAKY
 
     def __init__(self, schema: Schema, config: PoissonVIConfig | None = None) -> None:
@@ -72,30 +76,16 @@ class PoissonVI(SCVI):
         """(regions,) log factor of each region: scvi-tools' get_region_factors."""
         return cast(nn.Linear, self.decoder.heads["scale"]).bias.detach()
 
-    def accessibility(
-        self,
-        batch: Batch,
-        z: Tensor | None = None,
-        *,
-        library_size: float | str = 1.0,
-        normalize_regions: bool = False,
-        transform_batch: int | None = None,
+    def of_genes(self) -> dict[str, Tensor]:
+        """The regions' log factors."""
+        return {"region_factor": self.region_factors()}
+
+    def decode(
+        self, quantity: Quantity, q: tuple[Gaussian, Gaussian | None], cells: Cells, noise: Noise | None
     ) -> Tensor:
-        """(cells, regions) expected fragments, at the mean of q(z | x) unless z (cells, n_latent) is given.
-
-        scvi-tools' get_normalized_accessibility.
-
-        Args:
-            batch: the cells.
-            z: where to decode; under "ln" before the softmax.
-            library_size: fragments per cell, or "latent" for the cells' own number.
-            normalize_regions: keep the regions' factors, which brings the estimate closer to what is observed.
-            transform_batch: code of the batch to decode for; None for the cells' own.
-        """
-        z = self.encode(batch).mean if z is None else z
-        if transform_batch is not None:
-            batch = replace(batch, batch_index=np.full(batch.n_cells, transform_batch))
-        px = self.expression(batch, z)
-        if not normalize_regions:
-            px = px._replace(logits=px.logits - self.region_factors())
-        return px.rate if library_size == "latent" else px.scale * cast(float, library_size)
+        """Expected fragments: scvi-tools' get_normalized_accessibility; or fragments drawn from p(x | z, s)."""
+        if quantity.name == "counts" or quantity.normalize_regions:
+            return super().decode(quantity, q, cells, noise)
+        px = self.generative(*self._point(q, cells, noise), cells)
+        px = px._replace(logits=px.logits - self.region_factors())
+        return px.scaled(quantity.library_size)[:, quantity.chosen]

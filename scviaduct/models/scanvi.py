@@ -10,11 +10,13 @@ Training maximises the ELBO of unlabelled cells, with the type summed out under 
     E_q [log p(x | z1, s) - log q(z1 | x) + sum_y q(y | z1) (log p(z1 | z2, y) - kl_weight KL(q(z2 | z1, y) || p(z2)))]
         - kl_weight KL(q(y | z1) || p(y)),
 
-for all cells, minus classification_ratio times the cross-entropy of the labelled ones. Defaults are scvi-tools'.
+for all cells, minus classification_ratio times the mean cross-entropy of labelled ones. Defaults are scvi-tools'.
 
-The cross-entropy is a sum over the batch's labelled cells divided by (cells · share of labelled cells in the training
-data), not by the number of labelled cells that the batch happens to hold: its expectation is the same, and a batch that
-is spread over workers gives the gradient of the whole batch whatever the workers hold.
+As in scvi-tools the labelled ones are a second batch (`Batch.labelled`), where few cells have a label; where most have
+one, they are those of the batch itself, without a second pass through the encoder (docs/decisions/0019). Then the
+cross-entropy is a sum over the batch's labelled cells divided by (cells · share of labelled cells in the data), not by
+the number of labelled cells that the batch happens to hold: its expectation is the same, and a batch that is spread over
+workers gives the gradient of the whole batch whatever the workers hold.
 """
 
 from __future__ import annotations
@@ -29,15 +31,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from scviaduct.errors import ConfigError
-from scviaduct.models.base import Losses, require_range
+from scviaduct.models.base import LabelledStream, Losses, Scores, require_range
 from scviaduct.models.counts import Cells
 from scviaduct.models.likelihoods import reconstruction
 from scviaduct.models.nets import CategoricalLinear, FCLayers, Gaussian, Hidden
 from scviaduct.models.noise import Noise
 from scviaduct.models.scvi import SCVI, SCVIConfig
-from scviaduct.schema import Batch, Schema
+from scviaduct.models.training import TrainingPlan
+from scviaduct.schema import MISSING, Batch, Schema
 
 _ENCODER_EPS = 1e-4
+_ENOUGH_LABELLED = 0.5
+"""Share of labelled cells from which on a batch holds enough of them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,10 +53,19 @@ class SCANVIConfig(SCVIConfig):
     """Whether the classifier is one linear map of the latent state instead of a network."""
     classification_ratio: float = 50.0
     """Weight of the cross-entropy of a labelled cell against its negative ELBO."""
+    n_samples_per_label: int | None = None
+    """Cells of each label that an epoch draws for its labelled batches, all where there are fewer. Default: no limit."""
+    labelled_batches: bool | None = None
+    """Whether a batch of labelled cells goes with each batch. Default: if under half of the cells have a label, or
+    n_samples_per_label is set; otherwise the batch's own labelled cells are used."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require_range(self.classification_ratio, 0.0, 1e6, "classification_ratio")
+        if self.n_samples_per_label is not None:
+            require_range(self.n_samples_per_label, 1, 10**9, "n_samples_per_label")
+            if self.labelled_batches is False:
+                raise ConfigError("n_samples_per_label chooses the cells of labelled_batches, which are off")
 
 
 class LabelNet(nn.Module):
@@ -103,6 +117,7 @@ class SCANVI(SCVI):
 
     Config = SCANVIConfig
     obsm_key = "X_scANVI"
+    plan = TrainingPlan(refining_epochs=(2, 10))
     config: SCANVIConfig
     labelled_share: Tensor
 
@@ -142,19 +157,34 @@ class SCANVI(SCVI):
             raise ConfigError(f"{share:.0%} of the training cells have a label; SCANVI needs some, else use scvi")
         self.labelled_share.fill_(share)
 
+    def labelled_stream(self) -> LabelledStream | None:
+        """A second batch of labelled cells, if the options say so or less than half of the cells have a label."""
+        c = self.config
+        few = c.n_samples_per_label is not None or float(self.labelled_share) < _ENOUGH_LABELLED
+        wanted = few if c.labelled_batches is None else c.labelled_batches
+        return LabelledStream(c.n_samples_per_label) if wanted else None
+
     def forward(self, batch: Batch, kl_weight: float = 1.0, noise: Noise | None = None) -> Losses:
-        """The negative ELBO of a batch, plus the weighted cross-entropy of its labelled cells."""
+        """The negative ELBO of a batch, plus the weighted cross-entropy of labelled cells.
+
+        Without a cell, but with labelled ones (a lane may be so), the loss is their cross-entropy alone, undivided.
+        """
         cells = Cells.of(batch, self.schema, self.device)
+        if batch.n_cells == 0 and batch.labelled is not None:
+            ce = self._labelled_cross_entropy(batch)
+            return Losses(ce, ce.new_zeros(()), ce.new_zeros(()), 0, {"classification": ce.detach()})
         noise = noise or Noise(batch.seeds, self.device)
         qz, ql = self.inference(cells, noise)
-        z = qz.sample(noise)
-        library = self._observed_library(cells) if ql is None else ql.sample(noise).squeeze(1)
+        z, library = self._point((qz, ql), cells, noise)
         rec = reconstruction(self.config.gene_likelihood, cells.counts, self.generative(z, library, cells))
         z1 = torch.softmax(z, 1) if self.config.latent_distribution == "ln" else z
-        entropy, kl = self._summed_over_labels(qz, z1, noise)
+        entropy, kl = self._summed_over_labels(qz, z1, self._given_labels(z1, noise), noise)
         if ql is not None:
             kl = kl + self._library_kl(ql, cells)
-        ce = self._cross_entropy(qz, cells, noise)
+        if batch.labelled is None:
+            ce = self._cross_entropy(qz, cells, noise) / self.labelled_share
+        else:
+            ce = self._labelled_cross_entropy(batch)
         return Losses(
             rec.mean + (entropy + kl_weight * kl).mean() + ce / batch.n_cells,
             rec.total + entropy.detach().sum(),
@@ -163,32 +193,60 @@ class SCANVI(SCVI):
             {"classification": ce.detach()},
         )
 
-    def _summed_over_labels(self, qz: Gaussian, z1: Tensor, noise: Noise) -> tuple[Tensor, Tensor]:
-        """(cells,) log q(z1 | x) - E_y log p(z1 | z2, y), and (cells,) E_y KL(q(z2 | z1, y)) + KL(q(y | z1) || p(y))."""
+    def _given_labels(self, z1: Tensor, noise: Noise) -> tuple[Gaussian, Tensor, Gaussian]:
+        """q(z2 | z1, y), a draw z2 from it, and p(z1 | z2, y): (cells, labels, latent) each."""
         n, k = len(z1), self.classifier.logits.out_features
         qz2 = self.encoder_z2_z1(z1.unsqueeze(1).expand(n, k, -1), noise)
         z2 = torch.addcmul(qz2.mean, qz2.std, noise.normal(k * z1.shape[1]).reshape(qz2.mean.shape))
-        pz1 = self.decoder_z1_z2(z2, None)
+        return qz2, z2, self.decoder_z1_z2(z2, None)
+
+    def _summed_over_labels(
+        self, qz: Gaussian, z1: Tensor, given_labels: tuple[Gaussian, Tensor, Gaussian], noise: Noise
+    ) -> tuple[Tensor, Tensor]:
+        """(cells,) log q(z1 | x) - E_y log p(z1 | z2, y), and (cells,) E_y KL(q(z2 | z1, y)) + KL(q(y | z1) || p(y))."""
+        (qz2, _, pz1), k = given_labels, self.classifier.logits.out_features
         log_probs = torch.log_softmax(self.classifier(z1, noise), 1)
         probs = torch.exp(log_probs)
-        expected = (probs * _log_normal(z1.unsqueeze(1), pz1)).sum(1)
+        expected = (probs * pz1.log_prob(z1.unsqueeze(1))).sum(1)
         kl_z2 = 0.5 * (qz2.std**2 + qz2.mean**2 - 1.0 - 2.0 * torch.log(qz2.std)).sum(2)
         kl = (probs * kl_z2).sum(1) + (probs * (log_probs + math.log(k))).sum(1)
-        return _log_normal(z1, qz) - expected, kl
+        return qz.log_prob(z1) - expected, kl
+
+    def score(self, q: tuple[Gaussian, Gaussian | None], cells: Cells, noise: Noise) -> Scores:
+        """The ELBO's parts as in training: scvi-tools counts log q(z1 | x) - log p(z1 | z2, y) as reconstruction.
+
+        In the weight y is summed out and z2 drawn from q(z2 | z1, y), so its mean is p(x) of this model.
+        """
+        qz, ql = q
+        z, library = self._point(q, cells, noise)
+        rec = reconstruction(self.config.gene_likelihood, cells.counts, self.generative(z, library, cells)).per_cell
+        softmax = self.config.latent_distribution == "ln"
+        z1 = torch.softmax(z, 1) if softmax else z
+        qz2, z2, pz1 = given_labels = self._given_labels(z1, noise)
+        entropy, kl = self._summed_over_labels(qz, z1, given_labels, noise)
+        by_label = pz1.log_prob(z1.unsqueeze(1)) + qz2.log_ratio(z2)
+        log_pz1 = torch.logsumexp(by_label, 1) - math.log(by_label.shape[1])
+        log_weight = log_pz1 - qz.log_prob(z) - rec
+        if ql is not None:
+            prior = self._library_prior(cells)
+            kl, log_weight = kl + ql.kl(*prior), log_weight + ql.log_ratio(library.unsqueeze(1), *prior)
+        return Scores(-rec - entropy, kl, torch.full_like(rec, torch.nan) if softmax else log_weight)
 
     def _cross_entropy(self, qz: Gaussian, cells: Cells, noise: Noise) -> Tensor:
-        """Weighted sum over the labelled cells, at the mean of q(z1 | x)."""
-        c = self.config
-        loss = F.cross_entropy(self.classifier(qz.mean, noise), cells.labels, ignore_index=-1, reduction="sum")
-        return loss * (c.classification_ratio / self.labelled_share)
+        """Sum over the cells with a label, at the mean of q(z1 | x), times classification_ratio."""
+        logits = self.classifier(qz.mean, noise)
+        loss = F.cross_entropy(logits, cells.labels, ignore_index=MISSING, reduction="sum")
+        return loss * self.config.classification_ratio
+
+    def _labelled_cross_entropy(self, batch: Batch) -> Tensor:
+        """The cross-entropy of the labelled batch, weighted so that its sum over workers is a mean over the cells."""
+        assert batch.labelled
+        cells = Cells.of(batch.labelled, self.schema, self.device)
+        noise = Noise(batch.labelled.seeds, self.device)
+        return self._cross_entropy(self.z_encoder(cells, noise), cells, noise) * batch.labelled.weight
 
     def predict(self, batch: Batch) -> Tensor:
         """(cells, labels) probability of each label, at the mean of q(z1 | x)."""
         qz = self.encode(batch)
         with self.evaluating():
             return torch.softmax(self.classifier(qz.mean, None), 1)
-
-
-def _log_normal(x: Tensor, p: Gaussian) -> Tensor:
-    """Log density summed over the latent dimensions, the last."""
-    return -(0.5 * ((x - p.mean) / p.std) ** 2 + torch.log(p.std) + 0.5 * math.log(2.0 * math.pi)).sum(-1)

@@ -26,8 +26,9 @@ from numpy.typing import ArrayLike
 from torch import Tensor, nn
 
 from scviaduct.errors import ConfigError
-from scviaduct.models.base import Losses, Model, require, require_range
+from scviaduct.models.base import COUNTS, GENES, Losses, Model, Quantity, Scores, require, require_range
 from scviaduct.models.counts import Cells
+from scviaduct.models.draws import draw_counts
 from scviaduct.models.likelihoods import KINDS, Decoded, reconstruction
 from scviaduct.models.nets import Columns, Decoder, Encoder, Gaussian, Hidden
 from scviaduct.models.noise import Noise
@@ -110,6 +111,7 @@ class SCVI(Model):
 
     Config = SCVIConfig
     obsm_key = "X_scVI"
+    quantities: ClassVar = {"expression": GENES, "counts": COUNTS}
     negative_slope: ClassVar[float] = 0.0
     """Of the networks' activation: ReLU."""
     config: SCVIConfig
@@ -205,20 +207,30 @@ class SCVI(Model):
         """(cells,) log of the size factor, or of the total counts (-inf for a cell without any)."""
         return torch.log(cells.size_factor if self.schema.size_factor else cells.counts.total)
 
-    def _library_kl(self, ql: Gaussian, cells: Cells) -> Tensor:
+    def _library_prior(self, cells: Cells) -> tuple[Tensor, Tensor]:
+        """(cells, 1) mean and standard deviation of the log library."""
         mean, var = self.library_log_means[cells.codes[0]], self.library_log_vars[cells.codes[0]]
         if torch.isnan(mean).any():
             raise ConfigError("The library's prior is unknown for a batch; call set_library_prior before training")
-        return ql.kl(mean.unsqueeze(1), var.sqrt().unsqueeze(1))
+        return mean.unsqueeze(1), var.sqrt().unsqueeze(1)
+
+    def _library_kl(self, ql: Gaussian, cells: Cells) -> Tensor:
+        return ql.kl(*self._library_prior(cells))
+
+    def _point(self, q: tuple[Gaussian, Gaussian | None], cells: Cells, noise: Noise | None) -> tuple[Tensor, Tensor]:
+        """Z (cells, latent) and the log library (cells,): a draw from the posterior, or its means."""
+        qz, ql = q
+        z = qz.mean if noise is None else qz.sample(noise)
+        if ql is None:
+            return z, self._observed_library(cells)
+        return z, (ql.mean if noise is None else ql.sample(noise)).squeeze(1)
 
     def forward(self, batch: Batch, kl_weight: float = 1.0, noise: Noise | None = None) -> Losses:
         """The negative ELBO of a batch."""
         cells = Cells.of(batch, self.schema, self.device)
         noise = noise or Noise(batch.seeds, self.device)
         qz, ql = self.inference(cells, noise)
-        z = qz.sample(noise)
-        library = self._observed_library(cells) if ql is None else ql.sample(noise).squeeze(1)
-        px = self.generative(z, library, cells)
+        px = self.generative(*self._point((qz, ql), cells, noise), cells)
         rec, kl_z = reconstruction(self.config.gene_likelihood, cells.counts, px), qz.kl()
         loss, kl = rec.mean + kl_weight * kl_z.mean(), kl_z.detach().sum()
         if ql is None:
@@ -231,10 +243,28 @@ class SCVI(Model):
         with self.evaluating():
             return self.z_encoder(Cells.of(batch, self.schema, self.device), None)
 
-    def expression(self, batch: Batch, z: Tensor | None = None) -> Decoded:
-        """p(x | z, l, s) of each cell, at the mean of q(z | x) and of q(l | x) unless z (cells, n_latent) is given."""
+    def expression(self, batch: Batch) -> Decoded:
+        """p(x | z, l, s) of each cell, at the mean of q(z | x) and of q(l | x)."""
         with self.evaluating():
             cells = Cells.of(batch, self.schema, self.device)
-            qz, ql = self.inference(cells, None)
-            library = self._observed_library(cells) if ql is None else ql.mean.squeeze(1)
-            return self.generative(qz.mean if z is None else z, library, cells)
+            return self.generative(*self._point(self.inference(cells, None), cells, None), cells)
+
+    def decode(
+        self, quantity: Quantity, q: tuple[Gaussian, Gaussian | None], cells: Cells, noise: Noise | None
+    ) -> Tensor:
+        """Normalised expression: rho (scvi-tools' get_normalized_expression); or counts drawn from p(x | z, l, s)."""
+        px = self.generative(*self._point(q, cells, noise), cells)
+        if quantity.name == "counts" and noise is not None:
+            return draw_counts(self.config.gene_likelihood, px, noise)[:, quantity.chosen]
+        return px.scaled(quantity.library_size)[:, quantity.chosen]
+
+    def score(self, q: tuple[Gaussian, Gaussian | None], cells: Cells, noise: Noise) -> Scores:
+        """log p(x | z, l, s), and the KL divergences of z and of l where it is modelled."""
+        qz, ql = q
+        z, library = self._point(q, cells, noise)
+        rec = reconstruction(self.config.gene_likelihood, cells.counts, self.generative(z, library, cells))
+        kl, ratio = qz.kl(), qz.log_ratio(z)
+        if ql is not None:
+            prior = self._library_prior(cells)
+            kl, ratio = kl + ql.kl(*prior), ratio + ql.log_ratio(library.unsqueeze(1), *prior)
+        return Scores(-rec.per_cell, kl, ratio - rec.per_cell)

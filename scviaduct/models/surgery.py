@@ -21,7 +21,7 @@ from scviaduct.schema import Schema
 _PER_BATCH = ("library_log_means", "library_log_vars")
 
 
-def extend(model: Model, schema: Schema, *, dropout: bool = False) -> Model:
+def extend(model: Model, schema: Schema, *, dropout: bool = False, trained: tuple[str, ...] = ()) -> Model:
     """A copy of the model that also knows a query's new categories and trains nothing but their rows.
 
     New rows start at the mean of the reference's rows of that covariate (see `Columns.extend`), at 0 where the
@@ -31,6 +31,7 @@ def extend(model: Model, schema: Schema, *, dropout: bool = False) -> Model:
         model: the reference, itself untouched.
         schema: the reference's schema with categories appended (`Covariate.extended`).
         dropout: keep the encoder's dropout while the query trains.
+        trained: submodules of the reference that the query trains as well, e.g. "classifier".
 
     Raises:
         DataError: the schema is not an extension of the model's.
@@ -38,8 +39,10 @@ def extend(model: Model, schema: Schema, *, dropout: bool = False) -> Model:
     n_new = _new_categories(model.schema, schema)
     query = copy.deepcopy(model)
     query.adopt(schema)
+    spared = {id(m) for name in trained for m in query.get_submodule(name).modules()}
     for module in list(query.modules()):
-        _freeze(module)
+        if id(module) not in spared:
+            _freeze(module)
         if isinstance(module, Columns):
             module.extend(0 if module.labels else n_new[module.covariate])
         elif isinstance(module, BatchNorm):
@@ -106,6 +109,8 @@ def report(before: Model, after: Model) -> dict[str, float]:
     """Greatest absolute change of each reference tensor through surgery; all 0 unless something is broken."""
     state, changes = after.state_dict(), {}
     for name, tensor in before.state_dict().items():
+        if name not in state:  # an adversary, which a query has no use for
+            continue
         now = state[name][: len(tensor)] if name in _PER_BATCH else state[name]
         changes[name] = float((now - tensor).abs().max()) if tensor.numel() else 0.0
     return changes

@@ -10,9 +10,8 @@
 q(z | x, y) and q(b | z, s) are networks. Training maximises the ELBO; as in scvi-tools the proteins' likelihood is weighted
 by kl_weight as well, 1e-3 of -log P(foreground) is added, and the efficiencies have a log-normal prior.
 
-Proteins that a batch's panel does not measure (`Schema.measured`) take no part in that batch's loss and are 0 in the
-encoder's input; nothing else in the data decides what was measured, so a protein that is 0 in all cells of a batch
-because nothing bound is not mistaken for one that is missing. Defaults are scvi-tools'.
+Proteins that a batch did not measure (`Schema.measured`) take no part in that batch's loss and are 0 in the encoder's
+input, and an adversary keeps z from telling the panels apart (`models.adversary`). Defaults are scvi-tools'.
 """
 
 from __future__ import annotations
@@ -20,19 +19,24 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, cast
+from typing import Any, ClassVar, NamedTuple, cast
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from scviaduct.errors import ConfigError
-from scviaduct.models.base import Losses, Model, require, require_range
+from scviaduct.models.adversary import Adversary
+from scviaduct.models.base import COUNTS, GENES, Losses, Model, Offer, Quantity, Scores, require, require_range
 from scviaduct.models.counts import Cells
+from scviaduct.models.draws import draw_counts, negative_binomial
 from scviaduct.models.likelihoods import Decoded, reconstruction
 from scviaduct.models.nets import Blocks, CategoricalLinear, Columns, FCLayers, Gaussian, Hidden, reset
 from scviaduct.models.noise import Noise
 from scviaduct.models.scvi import PLACES
+from scviaduct.models.training import TrainingPlan
 from scviaduct.schema import Batch, Schema
 
 _EPS = 1e-8
@@ -67,6 +71,14 @@ class TotalVIConfig:
     """Where to normalise over the batch: "none", "encoder", "decoder" or "both"."""
     use_layer_norm: str = "none"
     """Where to normalise over the units of a cell: "none", "encoder", "decoder" or "both"."""
+    encoder_input: str = "log1p_share"
+    """What the encoder sees: log1p of the counts over (1 + their mean in the cell), or "log1p" as scvi-tools before 1.3.1."""
+    background_std: str = "softplus"
+    """How the background's standard deviation becomes positive: "softplus", or "exp" as in scvi-tools before 1.2."""
+    empirical_protein_background_prior: bool | None = None
+    """Start the background's prior at what the cells look like. Default: with more than 10 proteins."""
+    adversarial_classifier: bool | None = None
+    """Train a classifier that tells the batch from z, and z to fool it. Default: when a batch lacks proteins."""
 
     def __post_init__(self) -> None:
         for name in ("n_hidden", "n_latent", "n_layers_encoder", "n_layers_decoder"):
@@ -78,13 +90,18 @@ class TotalVIConfig:
         require(self.protein_dispersion, ("protein", "protein-batch"), "protein_dispersion")
         require(self.use_batch_norm, PLACES, "use_batch_norm")
         require(self.use_layer_norm, PLACES, "use_layer_norm")
+        require(self.encoder_input, ("log1p_share", "log1p"), "encoder_input")
+        require(self.background_std, ("softplus", "exp"), "background_std")
 
 
 class TotalVIInput(nn.Module):
-    """The encoder's first layer: log1p of counts over (1 + their mean in the cell), genes sparse, proteins dense."""
+    """The encoder's first layer, on log1p of counts that may be shares (`encoder_input`); genes sparse, proteins dense."""
 
-    def __init__(self, schema: Schema, width: int, n_continuous: int, n_categories: Sequence[int]) -> None:
+    def __init__(
+        self, schema: Schema, width: int, n_continuous: int, n_categories: Sequence[int], encoder_input: str
+    ) -> None:
         super().__init__()
+        self.shares = encoder_input == "log1p_share"
         self.weight = nn.Parameter(torch.empty(len(schema.genes), width))
         self.proteins = nn.Parameter(torch.empty(len(schema.proteins), width))
         self.continuous = nn.Parameter(torch.empty(n_continuous, width)) if n_continuous else None
@@ -94,10 +111,11 @@ class TotalVIInput(nn.Module):
 
     def forward(self, cells: Cells, codes: Sequence[Tensor]) -> Tensor:
         """Cells and their codes to (cells, width)."""
-        y = cells.proteins
-        y = torch.log1p(y / (1.0 + y.mean(1, keepdim=True)))
-        h = cells.counts.product(cells.counts.log1p_share_values, self.weight) + self.bias
-        h = torch.addmm(h, y, self.proteins)
+        x, y = cells.counts, cells.proteins
+        if self.shares:
+            y = y / (1.0 + y.mean(1, keepdim=True))
+        h = x.product(x.log1p_share_values if self.shares else x.log1p_values, self.weight) + self.bias
+        h = torch.addmm(h, torch.log1p(y), self.proteins)
         if self.continuous is not None:
             h = torch.addmm(h, cells.continuous, self.continuous)
         return self.columns(h, codes)
@@ -138,17 +156,31 @@ class TotalVI(Model):
 
     Config = TotalVIConfig
     obsm_key = "X_totalVI"
+    uses_proteins = True
+    plan = TrainingPlan(
+        batch_size=256, lr=4e-3, kl_warmup_steps_per_cell=0.75, early_stopping=True, reduce_lr_on_plateau=True
+    )
+    quantities: ClassVar = {
+        "expression": GENES,
+        "proteins": Offer("proteins", ("include_background",)),
+        "foreground": Offer("proteins"),
+        "counts": COUNTS,
+        "protein_counts": Offer("proteins", drawn=True),
+    }
     config: TotalVIConfig
     measured: Tensor
 
     def __init__(self, schema: Schema, config: TotalVIConfig | None = None) -> None:
         super().__init__(schema, config or TotalVIConfig())
         if not schema.proteins:
-            raise ConfigError("totalVI needs protein counts; prepare a view with --proteins, e.g. --proteins protein_expression")
+            raise ConfigError(
+                "totalVI needs protein counts; prepare a view with --proteins, e.g. --proteins protein_expression"
+            )
         c, n_genes, n_proteins = self.config, len(schema.genes), len(schema.proteins)
         n_in = c.n_latent + len(schema.continuous)
         encoder, decoder = self._hidden("encoder", c.n_layers_encoder), self._hidden("decoder", c.n_layers_decoder)
-        first = TotalVIInput(schema, c.n_hidden, len(schema.continuous) * c.encode_covariates, encoder.n_categories)
+        n_continuous = len(schema.continuous) * c.encode_covariates
+        first = TotalVIInput(schema, c.n_hidden, n_continuous, encoder.n_categories, c.encoder_input)
         self.encoder = FCLayers(first, encoder)
         self.mean_and_log_var = nn.Linear(c.n_hidden, 2 * c.n_latent)
         self.rna = Branch(n_in, decoder, {"scale": n_genes})
@@ -161,7 +193,26 @@ class TotalVI(Model):
         self.background_mean = self._per_batch(3.0)
         self.background_log_std = self._per_batch(0.0)
         self.log_efficiency = self._per_batch(0.0)
-        self.register_buffer("measured", torch.tensor(schema.measured, dtype=torch.bool))
+        self._tell_panels()
+        self.adversary = self._adversary()
+
+    def _tell_panels(self) -> None:
+        """(batches, proteins) what was measured: the schema's word, so no part of the saved weights."""
+        told = torch.tensor(self.schema.measured, dtype=torch.bool, device=self.device)
+        self.register_buffer("measured", told, persistent=False)
+
+    def _adversary(self) -> Adversary | None:
+        """The classifier of batches, as wide as scvi-tools' whatever the model's options; normalised where they are."""
+        c, n_batches = self.config, len(self.schema.batch)
+        wanted = not bool(self.measured.all()) if c.adversarial_classifier is None else c.adversarial_classifier
+        if not wanted or n_batches < 2:
+            return None
+        return Adversary(c.n_latent, n_batches, batch_norm=c.use_batch_norm != "none")
+
+    @property
+    def opponent(self) -> Adversary | None:
+        """The classifier of batches."""
+        return self.adversary
 
     def _hidden(self, where: str, n_layers: int) -> Hidden:
         c, encoder = self.config, where == "encoder"
@@ -189,16 +240,29 @@ class TotalVI(Model):
         nn.init.constant_(cast(Tensor, columns.weight), value)
         return columns
 
-    def set_background_prior(self, mean: Tensor, std: Tensor) -> None:
-        """Start the prior of the log background at (batches, proteins) means and standard deviations."""
-        with torch.no_grad():
-            cast(Tensor, self.background_mean.weight).copy_(mean)
-            cast(Tensor, self.background_log_std.weight).copy_(torch.log(std))
+    @property
+    def wants_background(self) -> bool:
+        """Whether the prior of the background starts at what the cells look like."""
+        wanted = self.config.empirical_protein_background_prior
+        return len(self.schema.proteins) > 10 if wanted is None else wanted
+
+    def set_background_prior(self, mean: NDArray[np.float64], std: NDArray[np.float64]) -> None:
+        """Start the prior of the log background at (batches,) means and standard deviations, the same for all proteins.
+
+        A batch whose mean is NaN stays as it is, and after surgery so do all but the query's own.
+        """
+        for columns, values in ((self.background_mean, mean), (self.background_log_std, np.log(std))):
+            learned = columns.new if columns.new is not None else columns.weight
+            if isinstance(learned, nn.Parameter):
+                rows = torch.as_tensor(values[-len(learned) :], dtype=learned.dtype, device=learned.device).unsqueeze(1)
+                with torch.no_grad():
+                    learned.copy_(torch.where(torch.isnan(rows), learned, rows))
 
     def adopt(self, schema: Schema) -> None:
-        """Take an extension of the schema, with the panels of its new batches."""
+        """Take an extension of the schema, with the panels of its new batches; the adversary has done its work."""
         super().adopt(schema)
-        self.register_buffer("measured", torch.tensor(schema.measured, dtype=torch.bool, device=self.device))
+        self._tell_panels()
+        self.adversary = None
 
     def inference(self, cells: Cells, noise: Noise | None) -> Gaussian:
         """q(z | x, y)."""
@@ -215,8 +279,9 @@ class TotalVI(Model):
         explicit = self.schema.size_factor is not None
         library = torch.log(cells.size_factor if explicit else cells.counts.total)
         px = Decoded(rna["scale"], library, _rows(self.px_r, codes), mixing.get("zi"), explicit)
+        positive = torch.exp if self.config.background_std == "exp" else F.softplus
         py = Proteins(
-            Gaussian(back["log_alpha"], F.softplus(back["log_beta"]) + _EPS),
+            Gaussian(back["log_alpha"], positive(back["log_beta"]) + _EPS),
             F.relu(fore["scale"]) + 1.0 + _EPS,
             mixing["background"],
             _rows(self.log_efficiency, codes),
@@ -229,19 +294,21 @@ class TotalVI(Model):
         cells = Cells.of(batch, self.schema, self.device)
         noise = noise or Noise(batch.seeds, self.device)
         qz = self.inference(cells, noise)
-        px, py = self.generative(qz.sample(noise), cells, noise)
+        z = qz.sample(noise)
+        px, py = self.generative(z, cells, noise)
         rec = reconstruction(self.config.gene_likelihood, cells.counts, px)
         seen = self.measured[cells.codes[0]]
         log_background = py.background.sample(noise)
         proteins = torch.where(seen, _mixture_nll(cells.proteins, log_background, py), 0.0).sum(1)
         kl = qz.kl() + self._background_kl(py, cells, seen)
-        return Losses(
-            rec.mean + kl_weight * (proteins + kl).mean(),
-            rec.total + proteins.detach().sum(),
-            kl.detach().sum(),
-            batch.n_cells,
-            {"proteins": (kl_weight - 1.0) * proteins.detach().sum()},
-        )
+        loss = rec.mean + kl_weight * (proteins + kl).mean()
+        extra = {"proteins": (kl_weight - 1.0) * proteins.detach().sum()}
+        if self.adversary is not None and self.training:
+            # weighed by 1 - kl_weight as in scvi-tools; at 0 they still give gradients, for DistributedDataParallel
+            adversarial = (1.0 - kl_weight) * torch.stack(self.adversary.losses(z, cells.codes[0], noise)).sum(0)
+            loss = loss + adversarial.mean()
+            extra["adversary"] = adversarial.detach().sum()
+        return Losses(loss, rec.total + proteins.detach().sum(), kl.detach().sum(), batch.n_cells, extra)
 
     def _background_kl(self, py: Proteins, cells: Cells, seen: Tensor) -> Tensor:
         """(cells,) KL of the background to its prior, the efficiencies' prior, and the pull towards foreground."""
@@ -251,6 +318,45 @@ class TotalVI(Model):
         kl = log_std - torch.log(q.std) + 0.5 * ((q.std**2 + (q.mean - mean) ** 2) * torch.exp(-2 * log_std) - 1.0)
         efficiency = py.log_efficiency + 0.5 * py.log_efficiency**2 + 0.5 * math.log(2 * math.pi)
         return (torch.where(seen, kl, 0.0) + efficiency + 1e-3 * F.softplus(-py.mixing)).sum(1)
+
+    def decode(self, quantity: Quantity, q: Gaussian, cells: Cells, noise: Noise | None) -> Tensor:
+        """scvi-tools' get_normalized_expression and get_protein_foreground_probability, or counts drawn from the model.
+
+        "expression" are genes; "proteins" the foreground's rate times its probability, without the batch's efficiency;
+        "foreground" its probability. Without noise the background is the mean of q(b | z, s).
+        """
+        px, py = self.generative(q.mean if noise is None else q.sample(noise), cells, None)
+        if quantity.name == "foreground":
+            return torch.sigmoid(-py.mixing[:, quantity.chosen])
+        if quantity.name == "expression":
+            return px.scaled(quantity.library_size)[:, quantity.chosen]
+        if quantity.name == "counts" and noise is not None:
+            return draw_counts(self.config.gene_likelihood, px, noise)[:, quantity.chosen]
+        b = py.background
+        back = torch.exp(b.mean + 0.5 * b.std**2 if noise is None else b.sample(noise))
+        if quantity.name == "protein_counts" and noise is not None:
+            return _draw_proteins(back, py, noise)[:, quantity.chosen]
+        proteins = back * py.foreground * torch.sigmoid(-py.mixing)
+        if quantity.include_background:
+            proteins = proteins + back * torch.sigmoid(py.mixing)
+        return proteins[:, quantity.chosen]
+
+    def score(self, q: Gaussian, cells: Cells, noise: Noise) -> Scores:
+        """log p(x, y | z, b, s) over genes and the panel's proteins, and the KL divergences of z and b.
+
+        `kl` has the priors of the efficiencies and the pull towards foreground as well, as in training.
+        """
+        z = q.sample(noise)
+        px, py = self.generative(z, cells, None)
+        seen = self.measured[cells.codes[0]]
+        log_background = py.background.sample(noise)
+        proteins = torch.where(seen, _mixture_nll(cells.proteins, log_background, py), 0.0).sum(1)
+        log_likelihood = -reconstruction(self.config.gene_likelihood, cells.counts, px).per_cell - proteins
+        mean, log_std = (_rows(table, cells.codes) for table in (self.background_mean, self.background_log_std))
+        prior, posterior = (torch.distributions.Normal(*p) for p in ((mean, torch.exp(log_std)), py.background))
+        ratio = torch.where(seen, prior.log_prob(log_background) - posterior.log_prob(log_background), 0.0).sum(1)
+        kl = q.kl() + self._background_kl(py, cells, seen)
+        return Scores(log_likelihood, kl, log_likelihood + q.log_ratio(z) + ratio)
 
     def encode(self, batch: Batch) -> Gaussian:
         """q(z | x, y) of each cell, (cells, n_latent)."""
@@ -281,3 +387,14 @@ def _mixture_nll(y: Tensor, log_background: Tensor, py: Proteins) -> Tensor:
     ]
     mixed = torch.logsumexp(torch.stack([both[0], both[1] - py.mixing]), 0)
     return -(shared + mixed - F.softplus(-py.mixing))
+
+
+def _draw_proteins(background: Tensor, py: Proteins, noise: Noise) -> Tensor:
+    """(cells, proteins) counts drawn from the mixture."""
+    low = (torch.exp(py.log_efficiency) * background).cpu().double().numpy()
+    high, pi = low * py.foreground.cpu().double().numpy(), torch.sigmoid(py.mixing).cpu().double().numpy()
+    phi = np.broadcast_to(torch.exp(py.log_phi).detach().cpu().double().numpy(), low.shape)
+    out = np.empty(low.shape, np.float32)
+    for i, rng in enumerate(noise.generators()):
+        out[i] = negative_binomial(rng, np.where(rng.random(low.shape[1]) < pi[i], low[i], high[i]), phi[i])
+    return torch.from_numpy(out)

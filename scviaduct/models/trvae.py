@@ -31,7 +31,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -40,8 +40,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from scviaduct.errors import ConfigError
-from scviaduct.models.base import Losses, Model, require, require_range
+from scviaduct.models.base import COUNTS, GENES, Losses, Model, Quantity, Scores, require, require_range
 from scviaduct.models.counts import Cells, Counts
+from scviaduct.models.draws import draw_counts
 from scviaduct.models.likelihoods import Decoded, Reconstruction, reconstruction
 from scviaduct.models.mmd import mmd
 from scviaduct.models.nets import (
@@ -55,6 +56,7 @@ from scviaduct.models.nets import (
     HiddenLayer,
 )
 from scviaduct.models.noise import Noise
+from scviaduct.models.training import TrainingPlan
 from scviaduct.schema import Batch, Schema
 
 _VAR_EPS = 1e-4
@@ -169,6 +171,17 @@ class TRVAE(Model):
 
     Config = TRVAEConfig
     obsm_key = "X_trVAE"
+    plan = TrainingPlan(
+        max_epochs=400,
+        weight_decay=0.04,
+        n_epochs_kl_warmup=0,
+        early_stopping=True,
+        early_stopping_patience=21,
+        reduce_lr_on_plateau=True,
+        lr_factor=0.1,
+        lr_patience=13,
+    )
+    quantities: ClassVar = {"expression": GENES, "counts": COUNTS}
     config: TRVAEConfig
 
     def __init__(self, schema: Schema, config: TRVAEConfig | None = None) -> None:
@@ -242,7 +255,7 @@ class TRVAE(Model):
             return reconstruction(c.recon_loss, cells.counts, self._px(heads, cells))
         x = cells.counts.scattered(values(cells.counts, c.target_sum))
         error = ((F.relu(heads["mean"]) - x) ** 2).sum(1)
-        return Reconstruction(error.mean(), error.detach().sum())
+        return Reconstruction(error.mean(), error.detach())
 
     def forward(self, batch: Batch, kl_weight: float = 1.0, noise: Noise | None = None) -> Losses:
         """The negative ELBO of a batch, plus in training the weighted MMD; "mse" has squared errors for -log p(x | z)."""
@@ -269,24 +282,38 @@ class TRVAE(Model):
         with self.evaluating():
             return self.inference(Cells.of(batch, self.schema, self.device), None)
 
-    def expression(self, batch: Batch, z: Tensor | None = None) -> Decoded:
-        """p(x | z, s) of each cell, at the mean of q(z | x, s) unless z (cells, n_latent) is given.
+    def expression(self, batch: Batch) -> Decoded:
+        """p(x | z, s) of each cell, at the mean of q(z | x, s).
 
         Raises:
             ConfigError: the model was trained on squared errors, which are no distribution of counts.
         """
         if self.px_r is None:
-            raise ConfigError('recon_loss="mse" has no distribution of counts; expected() gives its values')
+            raise ConfigError('recon_loss="mse" has no distribution of counts; decode() gives its values')
         with self.evaluating():
             cells = Cells.of(batch, self.schema, self.device)
-            z = self.inference(cells, None).mean if z is None else z
-            return self._px(self.generative(z, cells, None)[1], cells)
+            return self._px(self.generative(self.inference(cells, None).mean, cells, None)[1], cells)
 
-    def expected(self, batch: Batch, z: Tensor | None = None) -> Tensor:
-        """(cells, genes) expected counts (without extra zeros), or under "mse" values, at z as for `expression`."""
-        if self.px_r is not None:
-            return self.expression(batch, z).rate
-        with self.evaluating():
-            cells = Cells.of(batch, self.schema, self.device)
-            z = self.inference(cells, None).mean if z is None else z
-            return F.relu(self.generative(z, cells, None)[1]["mean"])
+    def decode(self, quantity: Quantity, q: Gaussian, cells: Cells, noise: Noise | None) -> Tensor:
+        """Expected counts (without extra zeros), or counts drawn from p(x | z, s); under "mse" the values it predicts.
+
+        Raises:
+            ConfigError: under "mse", counts or a library size other than 1 are wanted.
+        """
+        z = q.mean if noise is None else q.sample(noise)
+        _, heads = self.generative(z, cells, None)
+        if self.px_r is None:
+            if quantity.name == "counts" or quantity.library_size != 1.0:
+                raise ConfigError('recon_loss="mse" has no distribution of counts; it gives expression as it is')
+            return F.relu(heads["mean"])[:, quantity.chosen]
+        px = self._px(heads, cells)
+        if quantity.name == "counts" and noise is not None:
+            return draw_counts(self.config.recon_loss, px, noise)[:, quantity.chosen]
+        return px.scaled(quantity.library_size)[:, quantity.chosen]
+
+    def score(self, q: Gaussian, cells: Cells, noise: Noise) -> Scores:
+        """log p(x | z, s), under "mse" minus the squared error, and the KL divergence of z; without the MMD."""
+        z = q.sample(noise)
+        log_likelihood = -self._reconstruction(self.generative(z, cells, None)[1], cells).per_cell
+        defined = torch.tensor(torch.nan if self.px_r is None else 0.0, device=self.device)
+        return Scores(log_likelihood, q.kl(), log_likelihood + q.log_ratio(z) + defined)

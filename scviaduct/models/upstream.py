@@ -1,9 +1,9 @@
-"""Weights of scvi-tools' modules (scvi.module.VAE, SCANVAE), read into ours."""
+"""Weights of scvi-tools' modules (VAE, SCANVAE, TOTALVAE), read into ours and written from them."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import cast
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -12,31 +12,34 @@ from scviaduct.errors import DataError
 from scviaduct.models.nets import CategoricalLinear, Columns, CountsLinear, Encoder, FCLayers, Given, HiddenLayer
 from scviaduct.models.scanvi import SCANVI, LabelNet
 from scviaduct.models.scvi import SCVI
+from scviaduct.models.state import StateReader
 from scviaduct.models.totalvi import TotalVI, TotalVIInput
+
+
+def load_upstream(model: SCVI, state: Mapping[str, Tensor]) -> None:
+    """Copy a VAE's (a SCANVAE's) state dict into a SCVI or PoissonVI (SCANVI) of the same configuration.
+
+    Heads that the model does not use are ignored.
+
+    Raises:
+        DataError: a tensor is missing, has another shape, or has no place in the model.
+    """
+    with torch.no_grad():
+        reader = UpstreamReader(state)
+        reader.vae(model)
+        reader.refuse_unread()
 
 
 def load_totalvi(model: TotalVI, state: Mapping[str, Tensor]) -> None:
     """Copy a TOTALVAE's state dict into a TotalVI of the same configuration.
 
     Raises:
-        DataError: a tensor is missing or has another shape.
+        DataError: a tensor is missing, has another shape, or has no place in the model.
     """
-    reader = _Reader(state)
     with torch.no_grad():
-        reader.layers(model.encoder, "encoder.encoder")
-        for part in ("weight", "bias"):
-            both = torch.cat([reader.get(f"encoder.z_{head}_encoder.{part}") for head in ("mean", "var")])
-            reader.put(getattr(model.mean_and_log_var, part), both, f"encoder.z_mean_encoder.{part}")
-        for branch, hidden in _TOTALVI_HIDDEN.items():
-            reader.layers(getattr(model, branch).hidden, f"decoder.{hidden}")
-        for (branch, head), name in _TOTALVI_HEADS.items():
-            if head in getattr(model, branch).heads:
-                reader.conditioned(getattr(model, branch).heads[head], f"decoder.{name}.fc_layers.Layer 0.0")
-        for ours, theirs in _TOTALVI_TABLES.items():
-            table = getattr(model, ours)
-            rows = reader.get(theirs)
-            target = cast(Tensor, table.weight if isinstance(table, Columns) else table)
-            reader.put(target, rows.t() if rows.dim() > 1 else rows, theirs)
+        reader = UpstreamReader(state)
+        reader.totalvae(model)
+        reader.refuse_unread()
 
 
 _TOTALVI_HIDDEN = {
@@ -62,109 +65,102 @@ _TOTALVI_TABLES = {
 }
 
 
-def load_upstream(model: SCVI, state: Mapping[str, Tensor]) -> None:
-    """Copy a VAE's (a SCANVAE's) state dict into a SCVI (SCANVI) of the same configuration.
+class UpstreamReader(StateReader):
+    """Copies by scvi-tools' names."""
 
-    Heads that the model does not use are ignored.
+    origin = "an SCVI model of this configuration"
+    options = "n_hidden, n_latent, n_layers, genes, categories and encode_covariates"
+    unused: ClassVar[tuple[str, ...]] = (
+        *("l_encoder.", "decoder.px_r_decoder.", "decoder.px_dropout_decoder", "encoder.l_gene_"),
+        *("px_r", "y_prior", "library_log_"),
+    )
 
-    Raises:
-        DataError: a tensor is missing or has another shape.
-    """
-    reader = _Reader(state)
-    with torch.no_grad():
-        reader.encoder(model.z_encoder, "z_encoder")
+    def vae(self, model: SCVI) -> None:
+        """A VAE, or a SCANVAE."""
+        self.encoder(model.z_encoder, "z_encoder")
         if model.l_encoder is not None:
-            reader.encoder(model.l_encoder, "l_encoder")
-            reader.copy(model.library_log_means, "library_log_means", flatten=True)
-            reader.copy(model.library_log_vars, "library_log_vars", flatten=True)
-        reader.layers(model.decoder.hidden, "decoder.px_decoder")
+            self.encoder(model.l_encoder, "l_encoder")
+            self.copy(model.library_log_means, "library_log_means", flatten=True)
+            self.copy(model.library_log_vars, "library_log_vars", flatten=True)
+        self.layers(model.decoder.hidden, "decoder.px_decoder")
         for ours, theirs in (("scale", "px_scale_decoder.0"), ("zi", "px_dropout_decoder"), ("px_r", "px_r_decoder")):
             if ours in model.decoder.heads:
-                reader.linear(cast(nn.Linear, model.decoder.heads[ours]), f"decoder.{theirs}")
-        reader.dispersion(model)
+                self.linear(cast(nn.Linear, model.decoder.heads[ours]), f"decoder.{theirs}")
+        self.dispersion(model)
         if isinstance(model, SCANVI):
-            reader.label_net(model.encoder_z2_z1, "encoder_z2_z1", "encoder")
-            reader.label_net(model.decoder_z1_z2, "decoder_z1_z2", "decoder")
+            self.label_net(model.encoder_z2_z1, "encoder_z2_z1", "encoder")
+            self.label_net(model.decoder_z1_z2, "decoder_z1_z2", "decoder")
             hidden = model.classifier.hidden
             if hidden is not None:
-                reader.layers(hidden, "classifier.classifier.0")
-            reader.linear(model.classifier.logits, f"classifier.classifier.{int(hidden is not None)}")
+                self.layers(hidden, "classifier.classifier.0")
+            self.linear(model.classifier.logits, f"classifier.classifier.{int(hidden is not None)}")
 
-
-class _Reader:
-    """Copies by upstream's names, checking shapes."""
-
-    def __init__(self, state: Mapping[str, Tensor]) -> None:
-        self.state = state
-
-    def get(self, name: str) -> Tensor:
-        if name not in self.state:
-            raise DataError(
-                f"The weights have no tensor {name!r}; were they saved from an SCVI model of this configuration?"
-            )
-        return self.state[name]
-
-    def put(self, target: Tensor, value: Tensor, name: str) -> None:
-        if target.shape != value.shape:
-            raise DataError(
-                f"{name!r}: the file's part is {tuple(value.shape)}, the model's {tuple(target.shape)}; "
-                "n_hidden, n_latent, n_layers, genes, categories and encode_covariates must be the file's"
-            )
-        target.copy_(value)
-
-    def copy(self, target: Tensor, name: str, *, flatten: bool = False) -> None:
-        value = self.get(name)
-        self.put(target, value.flatten() if flatten else value, name)
-
-    def linear(self, module: nn.Linear, name: str) -> None:
-        self.copy(module.weight, f"{name}.weight")
-        self.copy(module.bias, f"{name}.bias")
+    def totalvae(self, model: TotalVI) -> None:
+        """A TOTALVAE."""
+        self.layers(model.encoder, "encoder.encoder")
+        self.stacked(model.mean_and_log_var, [f"encoder.z_{head}_encoder" for head in ("mean", "var")])
+        for branch, hidden in _TOTALVI_HIDDEN.items():
+            self.layers(getattr(model, branch).hidden, f"decoder.{hidden}")
+        for (branch, head), name in _TOTALVI_HEADS.items():
+            if head in getattr(model, branch).heads:
+                self.conditioned(getattr(model, branch).heads[head], f"decoder.{name}.fc_layers.Layer 0.0")
+        for ours, theirs in _TOTALVI_TABLES.items():
+            table = getattr(model, ours)
+            self.transposed(cast(Tensor, table.weight if isinstance(table, Columns) else table), theirs)
 
     def encoder(self, encoder: Encoder, name: str) -> None:
+        """An Encoder: hidden layers, mean and variance."""
         self.layers(encoder.hidden, f"{name}.encoder")
         self.normal(encoder.mean_and_log_var, name, "encoder")
 
     def label_net(self, net: LabelNet, name: str, kind: str) -> None:
+        """One of SCANVI's nets between its two latent spaces."""
         self.layers(net.hidden, f"{name}.{kind}")
         self.normal(net.mean_and_log_var, name, kind)
 
     def normal(self, module: nn.Linear, name: str, kind: str) -> None:
         """The two heads of a normal distribution, one below the other."""
-        for part in ("weight", "bias"):
-            both = torch.cat([self.get(f"{name}.{head}_{kind}.{part}") for head in ("mean", "var")])
-            self.put(getattr(module, part), both, f"{name}.mean_{kind}.{part}")
+        self.stacked(module, [f"{name}.{head}_{kind}" for head in ("mean", "var")])
 
     def layers(self, layers: FCLayers, name: str) -> None:
+        """FCLayers: each layer's linear map and batch norm."""
         for i, layer in enumerate(cast("list[HiddenLayer]", layers.layers)):
             prefix = f"{name}.fc_layers.Layer {i}"
             if not isinstance(layer.linear, Given):
                 self.conditioned(cast("CategoricalLinear | CountsLinear | TotalVIInput", layer.linear), f"{prefix}.0")
             if layer.batch_norm is not None:
-                for part in ("weight", "bias", "running_mean", "running_var"):
-                    self.copy(getattr(layer.batch_norm, part), f"{prefix}.1.{part}")
+                self.batch_norm(layer.batch_norm, f"{prefix}.1")
 
-    def conditioned(self, linear: CategoricalLinear | CountsLinear | TotalVIInput, name: str) -> None:
-        """Upstream's weight is (width, [features | continuous | batch | further covariates])."""
-        weight = self.get(f"{name}.weight")
+    def conditioned(
+        self, linear: CategoricalLinear | CountsLinear | TotalVIInput, name: str, outputs: slice | None = None
+    ) -> None:
+        """Upstream's weight is (width, [features | continuous | batch | further covariates]).
+
+        `outputs` are those of our layer that upstream's has; None for all.
+        """
         if isinstance(linear, CountsLinear | TotalVIInput):
             proteins = [linear.proteins] if isinstance(linear, TotalVIInput) else []
             continuous = [linear.continuous] if linear.continuous is not None else []
-            blocks = [linear.weight, *proteins, *continuous, *linear.columns.tables]
+            whole = [linear.weight, *proteins, *continuous, *linear.columns.tables]
         else:
-            blocks = [linear.weight.T, *linear.columns.tables]
+            whole = [linear.weight.T, *linear.columns.tables]
+        outputs = outputs or slice(None)
+        blocks = [block[:, outputs] for block in whole]
         widths = [len(block) for block in blocks]
+        weight = self.get(f"{name}.weight", (blocks[0].shape[1], sum(widths)))
         if sum(widths) != weight.shape[1]:
             raise DataError(f"{name!r} has {weight.shape[1]} inputs, the model {sum(widths)} ({widths})")
         for block, part in zip(blocks, weight.T.split(widths), strict=True):
             self.put(block, part, name)
         if linear.bias is not None:
-            self.copy(linear.bias, f"{name}.bias")
+            self.copy(linear.bias[outputs], f"{name}.bias")
 
     def dispersion(self, model: SCVI) -> None:
+        """The log inverse dispersion, in any of its forms."""
         px_r = model.px_r.weight if isinstance(model.px_r, Columns) else cast("Tensor | None", model.px_r)
         if px_r is None:
             return
-        rows = self.get("px_r").t()
-        # A label's last row is ours alone, for cells without a label; scvi-tools may have had a category for them.
-        target = px_r[: len(rows)] if model.config.dispersion == "gene-label" else px_r
-        self.put(target, rows, "px_r")
+        if model.config.dispersion == "gene-label" and not self.writing:
+            # A label's last row is ours alone, for cells without a label; scvi-tools may have had a category for them.
+            px_r = px_r[: self.get("px_r").shape[-1]]
+        self.transposed(px_r, "px_r")

@@ -59,8 +59,8 @@ def codecs(codec: Codec) -> list[BloscCodec | Crc32cCodec]:
     return [*([BloscCodec(**_BLOSC[codec])] if codec in _BLOSC else []), Crc32cCodec()]
 
 
-def encode_shard(values: NDArray[Any], *, chunk: int, per_shard: int, fill: Any, codec: Codec = "zstd") -> bytes:
-    """A shard of a 1-D array: chunks of `chunk` values in order, the last one filled up, and their index at the end."""
+def encode_shard(values: NDArray[Any], *, chunk: int, per_shard: int, fill: Any, codec: Codec = "zstd") -> list[bytes]:
+    """The parts of a shard of a 1-D array: chunks of `chunk` values, the last one filled up, then their index."""
     options = _BLOSC.get(codec)
     blosc = options and Blosc(options["cname"], options["clevel"], Blosc.SHUFFLE, options["blocksize"])
     index, parts, offset = np.full((per_shard, 2), _ABSENT, "<u8"), [], 0
@@ -71,7 +71,7 @@ def encode_shard(values: NDArray[Any], *, chunk: int, per_shard: int, fill: Any,
         parts.append(_checked(blosc.encode(part) if blosc else part.tobytes()))
         index[number] = offset, len(parts[-1])
         offset += len(parts[-1])
-    return b"".join([*parts, _checked(index.tobytes())])
+    return [*parts, _checked(index.tobytes())]
 
 
 def _checked(content: bytes) -> bytes:
@@ -210,7 +210,8 @@ class Growing:
         )
         file = _building(self._path, self.dtype) / "c" / str(self._whole // SHARD)
         file.parent.mkdir(exist_ok=True)
-        file.write_bytes(content)
+        with file.open("wb") as stream:
+            stream.writelines(content)
         self._whole, self._n = self._whole + self._n, 0
 
     def _widen(self, dtype: np.dtype) -> None:

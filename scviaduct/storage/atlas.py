@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +20,12 @@ from numpy.typing import NDArray
 from scipy.sparse import csr_matrix
 
 from scviaduct.errors import DataError, IncompleteError, MissingColumnError, UnreadableFileError, nearest
-from scviaduct.storage.arrays import open_array, open_group
+from scviaduct.storage.arrays import open_group
 from scviaduct.storage.fetched import fetch_group
 from scviaduct.storage.genes import GeneAxis, Join, gene_axis, select
 from scviaduct.storage.joined import joined_obs, joined_var
 from scviaduct.storage.manifest import ATLAS_MARKER, DATASET_MARKER, FORMAT, check_files, read_json
+from scviaduct.storage.memory import Allocate
 from scviaduct.storage.places import Place, exists, place
 from scviaduct.storage.shards import Arrays, Slice
 
@@ -60,30 +61,26 @@ class DatasetInfo:
 
 
 class Counts:
-    """The counts of one data set on disk; opening it reads the row pointers only (8 bytes a cell)."""
+    """The counts of one data set on disk; opening it reads the row pointers only (8 bytes a cell).
 
-    def __init__(self, path: Place, matrix: str = "X") -> None:
+    `allocate` makes the arrays that are read.
+    """
+
+    def __init__(self, path: Place, matrix: str = "X", *, allocate: Allocate = np.empty) -> None:
         self.path, self.matrix = path, matrix
-        self._open()
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"path": self.path, "matrix": self.matrix}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.path, self.matrix = state["path"], state["matrix"]
-        self._open()
-
-    def _open(self) -> None:
-        path = self.path / self.matrix
-        if isinstance(path, Path):  # zarrs decodes the chunks of a request on all cores
-            stored = {name: open_array(path / name) for name in ("data", "indices", "indptr")}
-            self._values: Callable[..., list[NDArray[Any]]] = partial(_slices, stored)
-        else:
-            self._values = Arrays(path).read
-        attributes = read_json(path / "zarr.json")["attributes"]
-        length = read_json(path / "indptr" / "zarr.json")["shape"][0]
+        self._arrays = Arrays(path / matrix, allocate)
+        attributes = read_json(path / matrix / "zarr.json")["attributes"]
+        length = read_json(path / matrix / "indptr" / "zarr.json")["shape"][0]
         (self.indptr,) = self._read("row pointers", Slice("indptr", 0, length))
         self.n_obs, self.n_vars = length - 1, attributes["shape"][1]
+
+    def __reduce__(self) -> tuple[type[Counts], tuple[Place, str]]:
+        return Counts, (self.path, self.matrix)
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """The stored type of the counts."""
+        return self._arrays.layouts(["data"])[0].dtype
 
     def rows(self, first: int, last: int) -> csr_matrix:
         """Cells first to last as canonical CSR: counts in the stored type, int32 gene indices.
@@ -108,27 +105,13 @@ class Counts:
             yield first, self.rows(first, min(first + rows, self.n_obs))
 
     def _read(self, what: str, *slices: Slice) -> list[NDArray[Any]]:
-        # here one array after the other, from an object store all at once
-        groups = [[s] for s in slices] if isinstance(self.path, Path) else [list(slices)]
-        return [values for group in groups for values in self._read_at_once(what, group)]
-
-    def _read_at_once(self, what: str, slices: list[Slice]) -> list[NDArray[Any]]:
         try:
-            return self._values(*slices)
-        except (RuntimeError, OSError, ValueError) as error:  # zarrs raises RuntimeError for a wrong checksum
-            names = " and ".join(s.name for s in slices)
+            return self._arrays.read(*slices)
+        except (RuntimeError, OSError, ValueError) as error:  # numcodecs raises RuntimeError for what does not decode
+            why = f"{error.filename} is missing" if isinstance(error, FileNotFoundError) else error
             raise IncompleteError(
-                f"{self.path}/{self.matrix}/{names}: {what} cannot be read ({error}); convert {self.path.name} again"
+                f"{self.path}/{self.matrix}: {what} cannot be read ({why}); convert {self.path.name} again"
             ) from error
-
-
-def _slices(arrays: dict[str, zarr.Array], *slices: Slice) -> list[NDArray[Any]]:
-    found = [np.asarray(arrays[s.name][s.start : s.stop]) for s in slices]
-    for values, s in zip(found, slices, strict=True):
-        # A chunk that is gone reads as the fill value, and no stored value ever equals it.
-        if (values == arrays[s.name].fill_value).any():
-            raise ValueError("a chunk is missing")
-    return found
 
 
 @dataclass(frozen=True, eq=False)

@@ -186,16 +186,17 @@ def _bad_index(block: csr_matrix, origin: Origin, first_row: int) -> DataError:
     )
 
 
-_KINDS: tuple[tuple[str, Callable[[NDArray[Any]], NDArray[np.bool_]]], ...] = (
+KINDS: tuple[tuple[str, Callable[[NDArray[Any]], NDArray[np.bool_]]], ...] = (
     ("not finite (NaN or infinite)", lambda v: ~np.isfinite(v)),
     ("negative", lambda v: v < 0),
     ("not whole numbers", lambda v: v != np.floor(v)),
     (f"at least {LIMIT:,} (2**24), which float32 cannot hold exactly", lambda v: v >= LIMIT),
 )
+"""What a value that is no count can be, and which values of an array are."""
 
 
 def _not_counts(block: csr_matrix, origin: Origin, first_row: int) -> NotCountsError:
-    found = [(name, np.flatnonzero(is_bad(block.data))) for name, is_bad in _KINDS]
+    found = [(name, np.flatnonzero(is_bad(block.data))) for name, is_bad in KINDS]
     found = [(name, bad) for name, bad in found if len(bad)]
     example = int(found[0][1][0])
     row = int(np.searchsorted(block.indptr, example, side="right")) - 1

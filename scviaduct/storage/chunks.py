@@ -65,7 +65,10 @@ def chunk_shape(array: Array) -> tuple[int, ...] | None:
 def unwritten(array: Array) -> int:
     """Chunks that are not stored, which HDF5 and Zarr read as zeros without a word."""
     if isinstance(array, zarr.Array):
-        return int(array.nchunks - array.nchunks_initialized)
+        parts = array.shards or array.chunks  # of a shard that is there zarr counts every chunk, also behind the end
+        per_part = prod(parts) // prod(array.chunks)
+        wanted = per_part * prod(-(-n // size) for n, size in zip(array.shape, parts, strict=True))
+        return int(wanted - array.nchunks_initialized)
     if array.is_virtual or array.external:
         return 0
     if array.chunks is None:

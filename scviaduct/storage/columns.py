@@ -72,7 +72,7 @@ def view_columns(
     numbers: dict[str, bool] = {}
     for frame in frames:
         for name in frame.columns:
-            numbers[name] = numbers.get(name, True) and _is_numeric(frame[name])
+            numbers[name] = numbers.get(name, True) and is_numeric(frame[name])
     identifiers = [name for name, numeric in numbers.items() if not numeric and name not in vocabulary]
     stored = [Column(name, tuple(c)) for name, c in vocabulary.items()]
     stored += [Column(name) for name, numeric in numbers.items() if numeric and name not in vocabulary]
@@ -80,7 +80,8 @@ def view_columns(
     return [Column(DATASET, tuple(ids)), *renamed], identifiers
 
 
-def _is_numeric(values: pd.Series) -> bool:
+def is_numeric(values: pd.Series) -> bool:
+    """Numbers, truth values aside."""
     return pd.api.types.is_numeric_dtype(values) and not pd.api.types.is_bool_dtype(values)
 
 

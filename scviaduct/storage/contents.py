@@ -18,9 +18,10 @@ from scviaduct.schema import MISSING
 from scviaduct.storage.arrays import open_array, open_group
 from scviaduct.storage.columns import DATASET, Column, Tally
 from scviaduct.storage.manifest import ATLAS_MARKER, DATASET_MARKER, VIEW_MARKER, file_digest, read_json
+from scviaduct.storage.proteins import Panels
 from scviaduct.storage.recount import VALUES, Recount, intact
 from scviaduct.storage.report import Finding, Part
-from scviaduct.storage.view import array_name
+from scviaduct.storage.view import PROTEINS, array_name
 from scviaduct.storage.vocabulary import vocabulary
 
 _SHARD_FILE = re.compile(r"(?P<array>.+)/c/(?P<shard>\d+)")
@@ -33,7 +34,8 @@ def affected(part: Part, file: str, numbers: Recount | None) -> str:
     if shard and array in VALUES:
         return _cells_of(part, array, int(shard["shard"]), numbers)
     if shard and part.is_view:
-        step = _per_shard(part.folder / array)
+        per_row = len(part.manifest["proteins"]["names"]) if array == PROTEINS else 1
+        step = _per_shard(part.folder / array) // per_row
         first, last = int(shard["shard"]) * step, min((int(shard["shard"]) + 1) * step, part.manifest.get("n_rows", 0))
         return f"rows {first:,}-{last - 1:,} of the view" if step else ""
     kind, _, rest = file.partition("/")
@@ -174,6 +176,8 @@ def check_view(part: Part, path: Path, numbers: Recount) -> Iterator[Finding]:
     for name, column in manifest["columns"].items():
         yield from _check_column(part, name, column, n_rows)
     yield from _check_sources(part, path, n_rows)
+    if "proteins" in manifest:
+        yield from _check_proteins(part, n_rows)
 
 
 def _check_column(part: Part, name: str, said: dict[str, Any], n_rows: int) -> Iterator[Finding]:
@@ -195,8 +199,25 @@ def _check_column(part: Part, name: str, said: dict[str, Any], n_rows: int) -> I
             yield part.finding(VIEW_MARKER, f"{key} of column {name!r} do not match its values", f"column {name!r}")
 
 
+def _check_proteins(part: Part, n_rows: int) -> Iterator[Finding]:
+    """Every cell has a count of every protein, at most the largest, and 0 of those its data set's panel lacks."""
+    panels = Panels.of(part.manifest["proteins"])
+    assert panels is not None
+    counts = _column(part, PROTEINS, n_rows * len(panels.names))
+    datasets = _column(part, array_name(DATASET), n_rows)
+    if counts is None or datasets is None:
+        return
+    counts, counted = counts.reshape(n_rows, -1), panels.counted(part.manifest["columns"][DATASET]["categories"])
+    if (largest := int(counts.max(initial=0))) > panels.largest:
+        yield part.finding(PROTEINS, f"a count is {largest:,}, {VIEW_MARKER} says at most {panels.largest:,}")
+    strange = np.flatnonzero(((counts > 0) & ~counted[datasets]).any(axis=1))
+    if len(strange):
+        what = "counts of proteins that the panel of the cell's data set lacks"
+        yield part.finding(PROTEINS, what, f"{len(strange):,} rows, e.g. {strange[0]:,}")
+
+
 def _column(part: Part, array: str, n_rows: int) -> NDArray[Any] | None:
-    """(rows,) the values of a column; None when they cannot be read, which the file's digest tells already."""
+    """(rows,) the values of an array; None when they cannot be read, which the file's digest tells already."""
     try:
         opened = open_array(part.folder / array)
         return intact(opened, 0, n_rows) if opened.shape == (n_rows,) else None

@@ -15,9 +15,17 @@ from scviaduct import __version__
 from scviaduct.errors import ConfigError, DataError, IncompleteError, OutputExistsError
 from scviaduct.storage.arrays import open_group
 from scviaduct.storage.atlas import Atlas
-from scviaduct.storage.dataset import DatasetPlan, disk_is_full, write_dataset
+from scviaduct.storage.dataset import DatasetPlan, write_dataset
 from scviaduct.storage.h5ad import open_counts
-from scviaduct.storage.manifest import ATLAS_MARKER, DATASET_MARKER, FORMAT, file_digest, read_json, write_json_atomic
+from scviaduct.storage.manifest import (
+    ATLAS_MARKER,
+    DATASET_MARKER,
+    FORMAT,
+    disk_is_full,
+    file_digest,
+    read_json,
+    write_json_atomic,
+)
 from scviaduct.storage.places import local
 from scviaduct.storage.probe import Look, check_room, look
 from scviaduct.storage.request import Request, abandon, alone, begin, check_ids, finish, go_on, is_done, unfinished
@@ -47,7 +55,7 @@ def convert(
     sum_duplicates: bool = False,
     on_progress: Progress | None = None,
 ) -> Atlas:
-    """Make an atlas of files (h5ad, AnnData Zarr, 10x Genomics h5), one data set each, named by the files' stems.
+    """Make an atlas of files (h5ad, AnnData Zarr, 10x Genomics h5, MuData), one data set each, named by the files' stems.
 
     Every count is checked, and what was written is read back. All files are looked at before the first is
     converted. A conversion that is killed, or finds the disk full, goes on where it was when the same call is made
@@ -260,9 +268,7 @@ def _kept_or_removed(out: Path, request: Request) -> Iterator[None]:
 
 def write_record(out: Path, ids: list[str]) -> None:
     """atlas.json, the last thing to be written."""
-    folders = [out / "datasets" / name for name in ids]
-    n_obs = sum(read_json(folder / DATASET_MARKER)["n_obs"] for folder in folders)
-    values, identifiers = vocabulary([open_group(folder / "obs") for folder in folders], n_obs)
+    values, identifiers = stored_vocabulary(out, ids)
     record = {
         "format": FORMAT,
         "version": __version__,
@@ -272,3 +278,10 @@ def write_record(out: Path, ids: list[str]) -> None:
         "identifiers": identifiers,
     }
     write_json_atomic(out / ATLAS_MARKER, record)
+
+
+def stored_vocabulary(out: Path, ids: Sequence[str]) -> tuple[dict[str, list[str]], list[str]]:
+    """The vocabulary of data sets of an atlas, and the columns that name cells, from their obs on disk."""
+    folders = [out / "datasets" / name for name in ids]
+    n_obs = sum(read_json(folder / DATASET_MARKER)["n_obs"] for folder in folders)
+    return vocabulary([open_group(folder / "obs") for folder in folders], n_obs)

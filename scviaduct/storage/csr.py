@@ -54,7 +54,8 @@ def _weigh(data: NDArray[Any], indices: NDArray[Any], position: np.uint64) -> np
 class CsrWriter:
     """Writes {data, indices, indptr} below `path`, a valid AnnData element of `shape`.
 
-    `dtype` is the type of the values; an unsigned one is widened when a larger value comes. The fill values are ones
+    `dtype` is the type of the values; an unsigned one is widened when a larger value comes. `index` is that of the
+    indices, by default the smallest (SciPy warns of unsigned ones where it compares matrices). The fill values are ones
     that are never stored, so that a chunk that is gone can be told from data: no zeros are stored, no index reaches
     the largest value of its type, no pointer is negative.
     """
@@ -65,8 +66,9 @@ class CsrWriter:
         shape: tuple[int, int],
         dtype: np.dtype,
         saved: tuple[Mapping[str, Any], Mapping[str, NDArray[Any]]] | None = None,
+        index: np.dtype | None = None,
     ) -> None:
-        index = np.min_scalar_type(shape[1])
+        index = index or np.min_scalar_type(shape[1])
         self.path = path
         attributes = {"encoding-type": "csr_matrix", "encoding-version": "0.1.0", "shape": list(shape)}
         make_group(path, attributes)

@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 
 import anndata as ad
 import numpy as np
+import pandas as pd
 import zarr
 from scipy.sparse import csr_matrix
 
@@ -32,6 +33,7 @@ from scviaduct.storage.h5ad import CountsFile, open_counts
 from scviaduct.storage.locks import locked
 from scviaduct.storage.manifest import (
     DATASET_MARKER,
+    disk_is_full,
     read_json,
     remove_temporaries,
     sync_directory,
@@ -108,16 +110,6 @@ def write_dataset(plan: DatasetPlan, folder: Path, *, memory: int, report: Repor
                 raise
             _publish(final, checkpoint)
         return read_json(final / DATASET_MARKER)
-
-
-def disk_is_full(error: BaseException | None) -> bool:
-    """Whether an error, or what caused it, is a lack of space."""
-    while error is not None:
-        text = str(error)  # zarrs and h5py tell it in words only
-        if "No space left" in text or "Disk quota exceeded" in text or "os error 28" in text:
-            return True
-        error = error.__cause__ or error.__context__
-    return False
 
 
 def partial_folder(final: Path) -> Path:
@@ -239,7 +231,10 @@ class _Building:
     def _write_rest(self) -> None:
         group = zarr.open_group(self._path, mode="r+", zarr_format=3)
         with ad.settings.override(allow_write_nullable_strings=True):
-            for name, value in {"obs": self._file.obs, "var": self._file.var, "uns": {}}.items():
+            arrays = [name for name in self._obsm if not isinstance(self._file.obsm_rows(name, 0, 1), pd.DataFrame)]
+            named = {f"{name}_names": self._file.obsm_columns(name) for name in arrays}
+            uns = {key: np.array(names, object) for key, names in named.items() if names}
+            for name, value in {"obs": self._file.obs, "var": self._file.var, "uns": uns}.items():
                 # Columns are small: one file each. anndata warns of a change of its default unless told.
                 ad.io.write_elem(group, name, value, dataset_kwargs={"shards": None})
             if self._obsm:

@@ -118,7 +118,7 @@ def export(
     temporary = target.with_name(f".{target.name}.{os.getpid()}.partial")
     try:
         _write(temporary, chosen, on_progress or (lambda *_: None))
-        _flush(temporary)
+        flush(temporary)
         temporary.replace(target)
         sync_directory(target.parent)
     finally:
@@ -139,7 +139,7 @@ def _write(path: Path, chosen: Selection, report: Progress) -> None:
             group, read = file.create_group(f"layers/{name}"), partial(chosen.layer, name)
             dtype = read((chosen.cells[0], 0, 1)).dtype
             written[f"layers/{name}"] = _write_matrix(group, chosen, read, dtype, pool, lambda *_: None)
-    _compare(path, written)
+    compare_sums(path, written)
 
 
 def _write_matrix(
@@ -152,7 +152,7 @@ def _write_matrix(
 ) -> Sums:
     group.attrs.update({"encoding-type": "csr_matrix", "encoding-version": "0.1.0"})
     group.attrs["shape"] = np.array([chosen.n_obs, len(chosen.genes)], np.int64)
-    data, indices = _Deflated(group, "data", dtype, pool), _Deflated(group, "indices", np.int32, pool)
+    data, indices = Deflated(group, "data", dtype, pool), Deflated(group, "indices", np.int32, pool)
     blocks, lengths, done, sums = list(chosen.blocks()), [], 0, Sums()
     for (part, _, _), block in zip(blocks, in_order(pool, read, blocks, ahead=cores() + 1), strict=True):
         data.append(block.data)
@@ -165,14 +165,14 @@ def _write_matrix(
     indices.close()
     indptr = np.concatenate([np.zeros(1, np.int64), *lengths]).cumsum(dtype=np.int64)
     index = np.int32 if indptr[-1] < 2**31 else np.int64
-    pointers = _Deflated(group, "indptr", index, pool)
+    pointers = Deflated(group, "indptr", index, pool)
     pointers.append(indptr.astype(index))
     pointers.close()
     sums.add_pointers(indptr[1:])
     return sums
 
 
-class _Deflated:
+class Deflated:
     """A 1-D HDF5 dataset that grows by gzip chunks; they are compressed in threads, as HDF5 itself uses only one."""
 
     def __init__(self, group: h5py.Group, name: str, dtype: Any, pool: Executor) -> None:
@@ -210,8 +210,8 @@ def _deflate(values: NDArray[Any]) -> bytes:
     return isal_zlib.compress(shuffled, 1)
 
 
-def _compare(path: Path, written: dict[str, Sums]) -> None:
-    """Read the matrices back as HDF5 decodes them."""
+def compare_sums(path: Path, written: dict[str, Sums]) -> None:
+    """Read the matrices of an h5ad back as HDF5 decodes them; raises IncompleteError when they are not as written."""
     with h5py.File(path) as file:
         for name, wanted in written.items():
             x, found = file[name], Sums()
@@ -226,6 +226,7 @@ def _compare(path: Path, written: dict[str, Sums]) -> None:
                 )
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
+    """Flush a file to disk."""
     with path.open("rb+") as file:
         os.fsync(file.fileno())

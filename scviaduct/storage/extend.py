@@ -15,10 +15,11 @@ from numpy.typing import NDArray
 from scviaduct.errors import IncompleteError
 from scviaduct.schema import MISSING
 from scviaduct.storage.columns import Column
+from scviaduct.storage.proteins import Panels
 from scviaduct.storage.shards import Arrays, Slice
 from scviaduct.storage.shuffle import RANGES, key_ranges, shuffle_keys
-from scviaduct.storage.spill import Cells, Totals, facts_dtype, record_dtype
-from scviaduct.storage.view import View, array_name
+from scviaduct.storage.spill import Totals, facts_dtype, record_dtype
+from scviaduct.storage.view import PROTEINS, View, array_name
 
 _STEP = 2**18
 """Cells whose keys are computed at once: 2 MB of each array."""
@@ -49,29 +50,38 @@ def holds_all(view: View, columns: Sequence[Column]) -> bool:
 class Grown:
     """A view's cells as the view that grows out of it stores them."""
 
-    def __init__(self, view: View, columns: Sequence[Column], seed: int) -> None:
+    def __init__(self, view: View, columns: Sequence[Column], seed: int, panels: Panels | None) -> None:
         self._view, self._seed, self._arrays = view, seed, Arrays(view.path)
         self._ids = view.categories["dataset"]
-        self._dtype = record_dtype(facts_dtype(columns))
+        self._dtype = record_dtype(facts_dtype(columns, panels))
         self._translate = [_translation(view, column) for column in columns]
         manifest = view.manifest
         largest = np.iinfo(self._arrays.layouts(["data"])[0].dtype).max  # of its type, which is all that matters
         self.totals = Totals(view.n_rows, manifest["nnz"], manifest["sum"], int(largest), zero=0)
         self.borders = self._borders()
 
-    def read(self, first: int, last: int) -> Cells:
-        """The cells whose keys lie in the ranges `first` to `last`, in their order.
+    def records(self, first: int, last: int) -> NDArray[Any]:
+        """What goes with the cells whose keys lie in the ranges `first` to `last`, in their order.
 
         Raises IncompleteError when a chunk of the view is damaged or gone.
         """
-        (lo, hi), (start, stop) = self.borders[[first, last]].T.tolist()
+        lo, hi = self.borders[[first, last], 0].tolist()
         records = np.empty(hi - lo, self._dtype)
         records["dataset"], records["row"] = self._values("source/dataset", lo, hi), self._values("source/row", lo, hi)
         records["key"] = self._keys(records["dataset"], records["row"])
         records["nnz"] = np.diff(self._values("indptr", lo, hi + 1))
         for i, translate in enumerate(self._translate):
             records[f"obs{i}"] = translate(lambda name: self._values(name, lo, hi), hi - lo)
-        return records, self._values("indices", start, stop), self._values("data", start, stop)
+        if self._view.panels:
+            n = len(self._view.panels.names)
+            records["proteins"][:, n:] = 0  # the names that new panels bring come after the known ones
+            records["proteins"][:, :n] = self._values(PROTEINS, lo * n, hi * n).reshape(-1, n)
+        return records
+
+    def counts(self, first: int, last: int, indices: NDArray[Any], data: NDArray[Any]) -> None:
+        """Fill (nnz,) gene indices and counts of those cells."""
+        start, stop = self.borders[[first, last], 1].tolist()
+        indices[:], data[:] = self._read(Slice("indices", start, stop), Slice("data", start, stop))
 
     def _borders(self) -> NDArray[np.int64]:
         per_range = np.zeros(RANGES, np.int64)

@@ -15,6 +15,7 @@ from scviaduct.storage.chunks import guarded
 from scviaduct.storage.heaps import check_heaps
 from scviaduct.storage.layouts import AnnDataLayout, Layout, TenxLayout
 from scviaduct.storage.manifest import ATLAS_MARKER
+from scviaduct.storage.mudata import MuDataLayout
 
 ZARR_MARKERS = ("zarr.json", ".zgroup", ".zattrs")
 """A directory with one of these files is a Zarr store."""
@@ -34,7 +35,7 @@ _READ = "{reader}(PATH).write_h5ad('{stem}.h5ad')"
 
 
 def open_layout(path: Path) -> Layout:
-    """Open an h5ad, an AnnData Zarr store or a 10x Genomics h5 for reading.
+    """Open an h5ad, an AnnData Zarr store, a 10x Genomics h5 or a MuData for reading.
 
     Raises:
         UnreadableFileError: the path is missing, empty, truncated, locked, or another format.
@@ -49,7 +50,9 @@ def _open_directory(path: Path) -> Layout:
         raise UnreadableFileError(f"{path} is {_directory(path)}; one file, or one AnnData Zarr store, is needed")
     root = guarded(path, lambda: zarr.open_group(path, mode="r"))
     names = guarded(path, lambda: {name for name in ("obs", "var", "mod", "tables", "datasets") if name in root})
-    if {"obs", "var"} <= names and "mod" not in names:
+    if {"obs", "var", "mod"} <= names:
+        return MuDataLayout(path, root)
+    if {"obs", "var"} <= names:
         return AnnDataLayout(path, root)
     raise UnreadableFileError(f"{path} is {_other_zarr(path, names)}")
 
@@ -57,8 +60,6 @@ def _open_directory(path: Path) -> Layout:
 def _other_zarr(path: Path, names: set[str]) -> str:
     if (path / ATLAS_MARKER).exists() or "datasets" in names:
         return "an atlas already, not a file to convert: its data sets are in datasets/"
-    if "mod" in names:
-        return f"a MuData store, not an AnnData: pass one of its parts, such as {path}/mod/rna"
     if "tables" in names:
         return f"a SpatialData store, not an AnnData: pass one of its tables, such as {path}/tables/table"
     return "a Zarr store without obs and var: write it with anndata's write_zarr"
@@ -84,8 +85,8 @@ def _open_file(path: Path) -> Layout:
 
 def _layout(path: Path, file: h5py.File) -> Layout:
     check_heaps(path, file)
-    if "obs" in file and "var" in file and "mod" not in file:
-        return AnnDataLayout(path, file)
+    if "obs" in file and "var" in file:
+        return MuDataLayout(path, file) if "mod" in file else AnnDataLayout(path, file)
     groups = [node for node in file.values() if isinstance(node, h5py.Group)]
     if any("barcodes" in g and ("features" in g or "genes" in g) and "indptr" in g for g in groups):
         return TenxLayout(path, file)
@@ -150,8 +151,6 @@ def _cannot_open(path: Path, error: OSError) -> str:
 
 def _other_hdf5(file: h5py.File) -> tuple[str, str]:
     """What an HDF5 file without obs, var and a matrix is, and what to do."""
-    if "mod" in file:
-        return "a MuData file (h5mu)", "mudata.read(PATH)['rna'].write_h5ad('{stem}.h5ad')"
     if "row_attrs" in file and "col_attrs" in file:
         return "a loom file", _READ.replace("{reader}", "anndata.io.read_loom")
     if "meta.data" in file or "assays" in file:

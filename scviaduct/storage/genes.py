@@ -291,7 +291,7 @@ def select(block: csr_matrix, columns: NDArray[np.int32], n_genes: int) -> csr_m
     if np.array_equal(columns, np.arange(n_genes)):  # all genes in their own order
         return csr_matrix((data, indices, indptr), shape=block.shape)
     kept_indptr, kept, counts = np.zeros_like(indptr), np.empty_like(indices), np.empty_like(data)
-    _select(indptr, indices, data, columns, kept_indptr, kept, counts)
+    pick(indptr, indices, data, columns, kept_indptr[1:], kept, counts)
     nnz = kept_indptr[-1]
     chosen = csr_matrix((counts[:nnz].copy(), kept[:nnz].copy(), kept_indptr), shape=(block.shape[0], n_genes))
     if (np.diff(columns[columns >= 0]) < 0).any():  # the file has the genes in another order than the reference
@@ -300,13 +300,14 @@ def select(block: csr_matrix, columns: NDArray[np.int32], n_genes: int) -> csr_m
 
 
 @numba.njit(nogil=True, cache=True)
-def _select(indptr, indices, data, columns, kept_indptr, kept, counts):  # type: ignore[no-untyped-def]  # pragma: no cover
+def pick(indptr, indices, data, columns, ends, kept_indices, kept_data):  # type: ignore[no-untyped-def]  # pragma: no cover
+    """The counts of the chosen genes (`columns` as from `GeneMatch.columns`); `ends` says where each cell's end."""
     at = 0
     for cell in range(len(indptr) - 1):
         for j in range(indptr[cell], indptr[cell + 1]):
             gene = columns[indices[j]]
             # Written always and kept by moving on: a branch here is mispredicted at every other chosen gene.
-            kept[at] = gene
-            counts[at] = data[j]
+            kept_indices[at] = gene
+            kept_data[at] = data[j]
             at += gene >= 0
-        kept_indptr[cell + 1] = at
+        ends[cell] = at

@@ -1,6 +1,6 @@
 """Files as sources of counts: opened without loading them, matrix chosen by looking, every value checked.
 
-h5ad files, AnnData Zarr stores and 10x Genomics h5 files are read; what is none of them is recognised in
+h5ad files, AnnData Zarr stores, 10x Genomics h5 files and MuData are read; what is none of them is recognised in
 storage/formats.py and refused with the way to convert it.
 """
 
@@ -26,7 +26,7 @@ from scviaduct.storage.chunks import guarded, is_array
 from scviaduct.storage.features import choose_features
 from scviaduct.storage.formats import open_layout
 from scviaduct.storage.frames import read_element
-from scviaduct.storage.layouts import TENX, Layout
+from scviaduct.storage.layouts import TENX, Layout, close
 from scviaduct.storage.manifest import file_digest
 from scviaduct.storage.matrix import MEMORY, Matrix, find_matrix
 
@@ -62,8 +62,7 @@ class CountsFile:
 
     def close(self) -> None:
         """Close the file; obs and var that were read stay."""
-        if isinstance(self._layout.root, h5py.File):
-            self._layout.root.close()
+        close(self._layout)
 
     @cached_property
     def obs(self) -> pd.DataFrame:
@@ -173,6 +172,8 @@ class CountsFile:
         """
         if name not in self.obsm_names():
             raise DataError(f"{self.path}: obsm has no {name!r}; {nearest(name, self.obsm_names())}")
+        if beside := self._layout.beside(name):
+            return beside.rows(0, self.n_obs)
         group: Any = guarded(self.path, lambda: self._layout.root["obsm"])
         if isinstance(group, h5py.Dataset):  # before anndata 0.7
             found = guarded(self.path, lambda: group[name])
@@ -182,11 +183,17 @@ class CountsFile:
             found = found.tocsr()
         return self._one_a_cell(name, found)
 
+    def obsm_columns(self, name: str) -> tuple[str, ...] | None:
+        """Names of the columns of an element of obsm: a table's own, those of an array as uns has them; None without."""
+        return self._layout.columns(name)
+
     def obsm_rows(self, name: str, first: int, last: int) -> NDArray[Any] | csr_matrix | pd.DataFrame:
         """Rows first to last of an element of obsm; a dense array or a CSR matrix is read in part, others whole.
 
         Raises as `obsm_element`.
         """
+        if beside := self._layout.beside(name):
+            return beside.rows(first, last)
         group: Any = guarded(self.path, lambda: self._layout.root["obsm"])
         node = None if isinstance(group, h5py.Dataset) else guarded(self.path, lambda: group.get(name))
         if is_array(node):
@@ -221,7 +228,7 @@ class CountsFile:
 
 
 def open_counts(path: str | Path, *, counts: str | None = None, sum_duplicates: bool = False) -> CountsFile:
-    """Open an h5ad, an AnnData Zarr store or a 10x Genomics h5 at its raw counts.
+    """Open an h5ad, an AnnData Zarr store, a 10x Genomics h5 or a MuData at its raw counts.
 
     `counts` ("X", "raw" or a layer; in a 10x file a genome or a feature type) says which matrix holds them, else X,
     raw/X or a layer, whichever does. With `sum_duplicates` genes that are named twice are added up: the first keeps
@@ -237,8 +244,7 @@ def open_counts(path: str | Path, *, counts: str | None = None, sum_duplicates: 
     try:
         return CountsFile(path, layout, counts, sum_duplicates=sum_duplicates)
     except BaseException:
-        if isinstance(layout.root, h5py.File):
-            layout.root.close()
+        close(layout)
         raise
 
 

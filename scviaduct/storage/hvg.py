@@ -87,7 +87,7 @@ def batches(atlas: Atlas, batch_key: str | None) -> Batches:
 
 
 def _batch_column(atlas: Atlas, dataset_id: str, key: str) -> pd.Categorical:
-    available = atlas.obs(dataset_id).columns
+    available = atlas.obs_columns(dataset_id)
     key = DATASET if key == OBS_DATASET else key
     if key not in available:
         raise MissingColumnError(f"Data set {dataset_id!r} has no obs column {key!r}: {nearest(key, available)}")

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 from anndata.utils import make_index_unique
 
-from scviaduct.storage.columns import DATASET, OBS_DATASET, Column, as_text
+from scviaduct.storage.columns import DATASET, OBS_DATASET, Column, as_text, is_numeric
 from scviaduct.storage.genes import NAMES
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ def _categories(name: str, values: Sequence[str], parts: list[pd.Series | None],
 def _plain(parts: list[pd.Series | None], lengths: list[int]) -> Any:
     """Numbers as they are, anything else as text; missing where a data set lacks the column."""
     there = [part for part in parts if part is not None]
-    numeric = all(pd.api.types.is_numeric_dtype(p) and not pd.api.types.is_bool_dtype(p) for p in there)
+    numeric = all(map(is_numeric, there))
     values = pd.concat([part if numeric else _texts(part) for part in there], ignore_index=True).array
     if len(there) == len(parts):
         return values

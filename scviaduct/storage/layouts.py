@@ -1,10 +1,11 @@
-"""Where an AnnData file (h5ad or Zarr) and a 10x Genomics h5 file keep their matrices and tables."""
+"""Where an AnnData file (h5ad or Zarr) and a 10x Genomics h5 file keep their matrices and tables (MuData: mudata.py)."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -14,15 +15,20 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from scviaduct.errors import DataError, NotCountsError, UnreadableFileError, nearest
+from scviaduct.storage.beside import PROTEIN_EXPRESSION, Beside
 from scviaduct.storage.choice import choose, named
 from scviaduct.storage.chunks import Group, guarded, is_array
-from scviaduct.storage.frames import read_frame, text
+from scviaduct.storage.frames import read_element, read_frame, text
 from scviaduct.storage.matrix import Matrix, find_matrix
 
 H5AD, ZARR, TENX = "h5ad", "AnnData Zarr", "10x Genomics h5"
 """The kinds of files that are read."""
 GENES = "Gene Expression"
 """The feature type that becomes counts."""
+ANTIBODIES = "Antibody Capture"
+"""The feature type that is offered as an element of obsm."""
+NAMES_IN_UNS = ("{}_names", "{}_var_names", "{}_columns", "{}_var")
+"""Where files name the columns of an array of obsm, whose name stands for the braces; scvi-tools: "protein_names"."""
 
 
 class Layout(Protocol):
@@ -49,6 +55,12 @@ class Layout(Protocol):
 
     def names(self, kind: str) -> tuple[str, ...]:
         """Names in obsm or layers."""
+
+    def columns(self, name: str) -> tuple[str, ...] | None:
+        """Names of the columns of an element of obsm, where the file has them."""
+
+    def beside(self, name: str) -> Beside | None:
+        """An element that obsm is said to have, but that stands elsewhere."""
 
 
 class AnnDataLayout:
@@ -91,6 +103,32 @@ class AnnDataLayout:
             if isinstance(node, h5py.Dataset):  # before anndata 0.7 obsm was one structured array
                 return tuple(node.dtype.names or ())
             return () if node is None or is_array(node) else guarded(self.path, lambda: tuple(map(str, node)))
+
+    def columns(self, name: str) -> tuple[str, ...] | None:
+        """The columns of a table; of an array the list in uns that is as long and called "<name>_names" or alike."""
+        obsm: Any = guarded(self.path, lambda: self.root["obsm"])
+        node = None if isinstance(obsm, h5py.Dataset) else guarded(self.path, lambda: obsm.get(name))
+        if node is None:
+            return None
+        if "column-order" in node.attrs:
+            return tuple(map(str, text(np.asarray(node.attrs["column-order"]))))
+        width = node.shape[1] if is_array(node) and len(node.shape) == 2 else tuple(node.attrs.get("shape", (0, 0)))[1]
+        for key in (*(pattern.format(name) for pattern in NAMES_IN_UNS), "protein_names"):
+            found = self._list(f"uns/{key}")
+            if len(found) == width:
+                return tuple(found)
+        return None
+
+    def beside(self, name: str) -> Beside | None:
+        """None."""
+        return None
+
+    def _list(self, name: str) -> list[str]:
+        """The texts of a list in the file; none when there is no such list."""
+        if not guarded(self.path, lambda: name in self.root and is_array(self.root[name])):
+            return []
+        found = np.atleast_1d(np.asarray(read_element(self.path, self.root[name])))
+        return list(map(str, text(found))) if found.ndim == 1 else []
 
 
 class TenxLayout:
@@ -150,8 +188,27 @@ class TenxLayout:
         return counts if counts and self._new else GENES
 
     def names(self, kind: str) -> tuple[str, ...]:
-        """None."""
-        return ()
+        """The antibodies as an element of obsm."""
+        return (PROTEIN_EXPRESSION,) if kind == "obsm" and self._antibodies else ()
+
+    def columns(self, name: str) -> tuple[str, ...] | None:
+        """Names of the antibodies."""
+        return self._antibodies.names if self._antibodies else None
+
+    def beside(self, name: str) -> Beside | None:
+        """The antibodies."""
+        return self._antibodies
+
+    @cached_property
+    def _antibodies(self) -> Beside | None:
+        """The features of this type; under their names, or their ids where these repeat."""
+        if not self._new or ANTIBODIES not in self._types():
+            return None
+        matrix = self.matrices()[0]
+        var = self.var(matrix)
+        columns = np.flatnonzero(var["feature_types"] == ANTIBODIES)
+        names = var["feature_name"].iloc[columns]
+        return Beside(tuple(names if names.is_unique else var.index[columns]), matrix, columns)
 
     def _groups(self) -> list[str]:
         if self._new:
@@ -180,6 +237,12 @@ class TenxLayout:
 
     def _what(self) -> str:
         return "feature type" if self._new else "genome"
+
+
+def close(layout: Layout) -> None:
+    """Close the file of a layout."""
+    if isinstance(layout.root, h5py.Group):  # a file is one, and so is a part of it
+        layout.root.file.close()
 
 
 @contextmanager

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from scviaduct.errors import ConfigError
-from scviaduct.schema import Batch
+from scviaduct.schema import MISSING, Batch
 from scviaduct.storage.memory import Allocate, Recycled
 from scviaduct.storage.sampler import Epoch, Sampler, Segment
 from scviaduct.storage.tasks import in_order
@@ -27,7 +27,7 @@ T = TypeVar("T")
 Piece: TypeAlias = tuple[Batch, NDArray[np.int64]]
 """A block and some of its rows."""
 
-_RUN_CELLS = 1024  # gathered at once: the overhead of Python is 40 % of a batch of 128 cells, and 5 % of these
+_RUN_CELLS = 4096  # gathered at once: the overhead of Python is 40 % of a batch of 128 cells, and 5 % of these
 
 
 class BlockSource(Protocol):
@@ -50,6 +50,10 @@ class BlockSource(Protocol):
         """(rows,) code of each cell in an obs column, -1 where it has no value."""
         ...
 
+    def labels(self) -> NDArray[np.integer[Any]]:
+        """(rows,) label of each cell as `Batch.labels` has it, in a type that may be smaller; MISSING without labels."""
+        ...
+
 
 class MemorySource:
     """A BlockSource over cells that are in memory, such as one query data set."""
@@ -62,6 +66,10 @@ class MemorySource:
     def strata(self, key: str) -> NDArray[Any]:
         """Raises ConfigError: cells in memory have codes, but no obs columns."""
         raise ConfigError(f"Only cells of a training view can be split by a column such as {key!r}.")
+
+    def labels(self) -> NDArray[np.integer[Any]]:
+        """(rows,) label of each cell, MISSING where it has none."""
+        return self.cells.labels if self.cells.labels.size else np.full(self.n_rows, MISSING, np.int8)
 
     def read(self, block: int) -> Batch:
         """Rows [block · block_rows, …) in stored order; arrays are views, not copies."""
@@ -118,7 +126,7 @@ def gather(
         _gather_rows(block.indptr, block.indices, block.data, rows, starts[at : at + len(rows)], indices, data)
         at += len(rows)
     first = blocks[0]
-    per_cell = {
+    per_cell: dict[str, Any] = {
         name: _placed(np.concatenate([getattr(block, name)[rows] for block, rows in pieces]), places)
         if getattr(first, name).size
         else getattr(first, name)
@@ -247,7 +255,7 @@ class Loader:
             return self.source.read(block), self.sampler.rows_of(index, block)
 
         open_blocks: dict[int, Piece] = {}
-        with _in_threads(self.source, read, (block for run in ahead for block in run.opens)) as blocks:
+        with read_ahead(self.source, read, (block for run in ahead for block in run.opens)) as blocks:
             for run in runs:
                 open_blocks |= {block: next(blocks) for block in run.opens}
                 yield from self._assemble(epoch, run, open_blocks)
@@ -294,14 +302,14 @@ def stream(source: BlockSource, *, rank: int = 0, world_size: int = 1) -> Prefet
     mine = range(rank * n_blocks // world_size, (rank + 1) * n_blocks // world_size)
 
     def blocks() -> Iterator[Batch]:
-        with _in_threads(source, source.read, mine) as read:
+        with read_ahead(source, source.read, mine) as read:
             yield from read
 
     return Prefetched(blocks, depth=2)
 
 
 @contextmanager
-def _in_threads(source: BlockSource, read: Callable[[int], T], blocks: Iterable[int]) -> Iterator[Iterator[T]]:
+def read_ahead(source: BlockSource, read: Callable[[int], T], blocks: Iterable[int]) -> Iterator[Iterator[T]]:
     """`read` of each block in order, begun ahead in as many threads as the source wants."""
     with ThreadPoolExecutor(source.readers, "scviaduct-read") as threads:
         results = in_order(threads, read, blocks, ahead=source.readers + 1)

@@ -29,9 +29,13 @@ def locked(path: Path, *, busy: str, patience: float = 0.0) -> Iterator[None]:
 
 
 def _lock(path: Path) -> TextIO | None:
-    """The lock, taken; None when another process has it."""
+    """The lock, taken; None when another process has it, or removed its folder at this moment."""
     while True:
-        file = path.open("w")
+        path.parent.mkdir(exist_ok=True)
+        try:
+            file = path.open("w")
+        except FileNotFoundError:
+            return None
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

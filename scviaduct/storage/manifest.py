@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
+import shutil
+from concurrent.futures import Executor
 from pathlib import Path
 from typing import Any, cast
 
@@ -73,6 +76,30 @@ def sync_tree(path: Path) -> None:
             sync_file(Path(directory, name))
 
 
+def replace_folder(made: Path, final: Path) -> None:
+    """Put a folder in the place of another, which goes only then."""
+    sync_tree(made)
+    old = final.with_name(f".{final.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if final.exists():
+        final.rename(old)
+    made.rename(final)
+    sync_directory(final.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def disk_is_full(error: BaseException | None) -> bool:
+    """Whether an error, or what caused it, is a lack of space."""
+    while error is not None:
+        text = str(error)  # zarrs and h5py tell it in words only
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        if "No space left" in text or "Disk quota exceeded" in text or "os error 28" in text:
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
 def read_json(path: Place) -> Any:
     """What a JSON file holds; IncompleteError when it is missing or is not JSON."""
     try:
@@ -89,14 +116,20 @@ def file_digest(path: Place) -> str:
         return hashlib.file_digest(cast(Any, file), "sha256").hexdigest()
 
 
-def tree_digest(directory: Place, *, exclude: tuple[str, ...] = ()) -> dict[str, dict[str, Any]]:
-    """Size and sha256 of every file under a directory, by path relative to it; `exclude` are such paths."""
+def tree_digest(
+    directory: Place, *, exclude: tuple[str, ...] = (), pool: Executor | None = None
+) -> dict[str, dict[str, Any]]:
+    """Size and sha256 of every file under a directory, by path relative to it; `exclude` are such paths.
+
+    `pool` reads several files at a time.
+    """
     paths = sorted(p for p in directory.rglob("*") if p.is_file())
-    names = {p.relative_to(cast(Any, directory)).as_posix(): p for p in paths}
+    files = {p.relative_to(cast(Any, directory)).as_posix(): p for p in paths}
+    files = {name: path for name, path in files.items() if name not in exclude}
+    digests = (pool.map if pool else map)(file_digest, files.values())
     return {
-        name: {"bytes": path.stat().st_size, "sha256": file_digest(path)}
-        for name, path in names.items()
-        if name not in exclude
+        name: {"bytes": path.stat().st_size, "sha256": digest}
+        for (name, path), digest in zip(files.items(), digests, strict=True)
     }
 
 

@@ -44,6 +44,11 @@ class Recycled:
         with self._lock:
             return self._slab(n_bytes)[:n_bytes].view(dtype)
 
+    def clear(self) -> None:
+        """Give the memory back; arrays in use keep theirs."""
+        with self._lock:
+            self._slabs.clear()
+
     def _slab(self, n_bytes: int) -> NDArray[np.uint8]:
         unsuited = None
         for at in range(len(self._slabs)):

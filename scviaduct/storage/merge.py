@@ -8,7 +8,7 @@ are taken at once.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass
 from functools import partial
@@ -22,10 +22,12 @@ from numpy.typing import NDArray
 from scviaduct.errors import IncompleteError
 from scviaduct.storage.arrays import Codec, encode_shard, make_array, make_group
 from scviaduct.storage.columns import Column, Tally
+from scviaduct.storage.memory import Allocate, Recycled
+from scviaduct.storage.proteins import Panels
 from scviaduct.storage.shuffle import RANGES, gather
 from scviaduct.storage.spill import Cells, Totals, index_dtype
 from scviaduct.storage.tasks import cores, in_order
-from scviaduct.storage.view import array_name
+from scviaduct.storage.view import PROTEINS, array_name
 
 _CHUNK, _CHUNKS_PER_SHARD = 65_536, 128
 """Non-zeros decoded at once, about a fifth of a block of 1,024 cells, so that little is decoded in vain."""
@@ -41,8 +43,12 @@ class Sorted(Protocol):
     borders: NDArray[np.int64]
     """(RANGES + 1, 2) cells and non-zeros before each range of keys."""
 
-    def read(self, first: int, last: int) -> Cells:
-        """The cells whose keys lie in the ranges `first` to `last`, in their order."""
+    def records(self, first: int, last: int) -> NDArray[Any]:
+        """What goes with the cells whose keys lie in the ranges `first` to `last`, in their order."""
+        ...
+
+    def counts(self, first: int, last: int, indices: NDArray[Any], data: NDArray[Any]) -> None:
+        """Fill (nnz,) gene indices and counts of those cells."""
         ...
 
 
@@ -54,6 +60,7 @@ class Form:
     n_genes: int
     block_rows: int
     codec: Codec
+    panels: Panels | None
 
 
 def total(parts: Sequence[Sorted]) -> Totals:
@@ -73,10 +80,13 @@ def write(
     """
     expected, nnz, counted = total(parts), 0, 0
     tallies = [Tally(column) for column in form.columns]
-    shards = _Shards(pool)
+    arrays = Recycled(48)  # of buckets and shards: fresh pages cost more than the work on what goes into them
+    shards = _Shards(pool, arrays)
     writers = _writers(path, expected, form, shards)
     writers["indptr"].append(np.zeros(1, np.int64))
-    for records, indices, data in _ordered(parts, memory, pool):
+    bucket = partial(_bucket, parts, (writers["indices"].dtype, writers["data"].dtype), arrays)
+    per_cell = form.panels.per_cell.itemsize if form.panels else 0
+    for records, indices, data in in_order(pool, bucket, _buckets(parts, memory, per_cell), ahead=2):
         writers["data"].append(data)
         writers["indices"].append(indices)
         writers["indptr"].append(nnz + np.cumsum(records["nnz"], dtype=np.int64))
@@ -85,6 +95,8 @@ def write(
         for i, tally in enumerate(tallies):
             writers[array_name(tally.column.name)].append(records[f"obs{i}"])
             tally.add(records[f"obs{i}"], records["dataset"], records["row"])
+        if form.panels:
+            writers[PROTEINS].append(records["proteins"].reshape(-1))
         nnz += len(data)
         counted += int(data.sum(dtype=np.int64))
         on_cells(writers["source/row"].position)
@@ -96,17 +108,16 @@ def write(
     return tallies
 
 
-def _ordered(parts: Sequence[Sorted], memory: int, pool: Executor) -> Iterator[Cells]:
-    """All cells in the order of their keys; the next bucket is read and sorted while one is written."""
-    yield from in_order(pool, partial(_bucket, parts), _buckets(parts, memory), ahead=2)
+def _buckets(parts: Sequence[Sorted], memory: int, per_cell: int) -> list[tuple[int, int]]:
+    """Runs of key ranges whose cells take at most a share of the memory; a single range may take more.
 
-
-def _buckets(parts: Sequence[Sorted], memory: int) -> list[tuple[int, int]]:
-    """Runs of key ranges whose cells take at most a share of the memory; a single range may take more."""
+    `per_cell` are the bytes of a cell's protein counts.
+    """
     n_bytes = np.zeros(RANGES)
     for part in parts:
         cells, nnz = np.diff(part.borders, axis=0).T
-        n_bytes += cells * 100 + nnz * 4  # u16 counts and indices; records are 28 bytes and the obs columns
+        # u16 counts and indices; records are 28 bytes, the obs columns and the proteins
+        n_bytes += cells * (100 + per_cell) + nnz * 4
     buckets, first, held = [], 0, 0.0
     for r, size in enumerate(n_bytes):
         if held and held + size > memory / _BUCKETS_HELD:
@@ -116,20 +127,21 @@ def _buckets(parts: Sequence[Sorted], memory: int) -> list[tuple[int, int]]:
     return [*buckets, (first, RANGES)]
 
 
-def _bucket(parts: Sequence[Sorted], ranges: tuple[int, int]) -> Cells:
+def _bucket(
+    parts: Sequence[Sorted], types: tuple[np.dtype, np.dtype], allocate: Allocate, ranges: tuple[int, int]
+) -> Cells:
     """The cells of some key ranges from all parts, sorted."""
-    pieces = [part.read(*ranges) for part in parts if np.ptp(part.borders[list(ranges), 0])]
-    if not pieces:
-        pieces = [parts[0].read(*ranges)]
-    records, indices, data = (np.concatenate(arrays) for arrays in zip(*pieces, strict=True))
-    del pieces
-    order = np.argsort(records["key"], kind="stable")
+    records = np.concatenate([part.records(*ranges) for part in parts])
+    ends = np.cumsum([0, *(np.ptp(part.borders[list(ranges), 1]) for part in parts)])
     indptr = np.concatenate([[0], np.cumsum(records["nnz"], dtype=np.int64)])
-    if indptr[-1] != len(indices):
-        raise IncompleteError(f"{len(indices) - indptr[-1]} non-zeros belong to no cell: run scviaduct prepare again.")
-    ordered = np.empty_like(indices), np.empty_like(data)
-    gather(order, indptr, indices, data, *ordered)
-    return records[order], *ordered
+    if indptr[-1] != ends[-1]:
+        raise IncompleteError(f"{ends[-1] - indptr[-1]} non-zeros belong to no cell: run scviaduct prepare again.")
+    found, ordered = ([allocate(int(ends[-1]), dtype) for dtype in types] for _ in range(2))
+    for part, start, stop in zip(parts, ends[:-1], ends[1:], strict=True):
+        part.counts(*ranges, *(array[start:stop] for array in found))
+    order = np.argsort(records["key"], kind="stable")
+    gather(order, indptr, *found, *ordered)
+    return records[order], ordered[0], ordered[1]
 
 
 class Shard(NamedTuple):
@@ -143,8 +155,8 @@ class Shard(NamedTuple):
 class _Shards:
     """Shards that are being compressed and written, a few at a time: each is held in memory until it is."""
 
-    def __init__(self, pool: Executor) -> None:
-        self._pool, self._most = pool, cores() + 1
+    def __init__(self, pool: Executor, allocate: Allocate) -> None:
+        self._pool, self._most, self.allocate = pool, cores() + 1, allocate
         self._pending: deque[Future[None]] = deque()
 
     def write(self, shard: Shard, values: NDArray[Any]) -> None:
@@ -162,7 +174,8 @@ def _store(shard: Shard, values: NDArray[Any]) -> None:
     fill = array.fill_value
     content = encode_shard(values, chunk=array.chunks[0], per_shard=_per_shard(array), fill=fill, codec=codec)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(content)
+    with path.open("wb") as file:
+        file.writelines(content)
 
 
 def _per_shard(array: zarr.Array) -> int:
@@ -175,6 +188,7 @@ class _Writer:
     def __init__(self, path: Path, array: zarr.Array, codec: Codec, shards: _Shards) -> None:
         self._path, self._array, self._codec, self._shards, self.position = path, array, codec, shards, 0
         self._length: int = array.shape[0]
+        self.dtype = array.dtype
         self._shard = self._empty()
         self._filled = self._written = 0
 
@@ -198,7 +212,7 @@ class _Writer:
 
     def _empty(self) -> NDArray[Any]:
         shard = _per_shard(self._array) * self._array.chunks[0]
-        return np.empty(min(shard, self._length - self.position), self._array.dtype)
+        return self._shards.allocate(min(shard, self._length - self.position), self._array.dtype)
 
 
 def _writers(path: Path, cells: Totals, form: Form, waiting: _Shards) -> dict[str, _Writer]:
@@ -217,6 +231,11 @@ def _writers(path: Path, cells: Totals, form: Form, waiting: _Shards) -> dict[st
     def of_cells(name: str, dtype: np.dtype, fill: float) -> _Writer:
         return array(name, cells.cells, dtype, fill, form.block_rows, _BLOCKS_PER_SHARD)
 
+    def of_proteins(panels: Panels) -> _Writer:
+        n, most = len(panels.names), np.iinfo(panels.dtype).max
+        per_shard = panels.blocks_per_shard(form.block_rows, _BLOCKS_PER_SHARD)
+        return array(PROTEINS, cells.cells * n, panels.dtype, most, form.block_rows * n, per_shard)
+
     return {
         "data": array("data", cells.nnz, count, 0, _CHUNK, _CHUNKS_PER_SHARD),
         "indices": array("indices", cells.nnz, index, np.iinfo(index).max, _CHUNK, _CHUNKS_PER_SHARD),
@@ -224,4 +243,5 @@ def _writers(path: Path, cells: Totals, form: Form, waiting: _Shards) -> dict[st
         "source/dataset": of_cells("source/dataset", np.dtype(np.int32), -1),
         "source/row": of_cells("source/row", int64, -1),
         **{array_name(c.name): of_cells(array_name(c.name), c.dtype, c.fill) for c in form.columns},
+        **({PROTEINS: of_proteins(form.panels)} if form.panels else {}),
     }

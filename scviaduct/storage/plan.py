@@ -7,7 +7,7 @@ folder with a plan has all that the tasks read besides the atlas.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -22,6 +22,7 @@ from scviaduct.storage.columns import Column, view_columns
 from scviaduct.storage.extend import holds_all
 from scviaduct.storage.hvg import batches, gene_columns, highly_variable_genes
 from scviaduct.storage.manifest import DATASET_MARKER, file_digest, read_json, sync_tree, write_json_atomic
+from scviaduct.storage.proteins import Panels, find_panels
 from scviaduct.storage.qc import Filters, Kept, kept_cells
 from scviaduct.storage.scan import Rows
 from scviaduct.storage.spill import Task, write_facts
@@ -51,6 +52,8 @@ class Plan:
     identifiers: tuple[str, ...]
     filtered: dict[str, dict[str, int]]
     """{data set: {filter: cells that fail it}}."""
+    panels: Panels | None = None
+    """The proteins, when the view has any."""
 
     @property
     def stored(self) -> tuple[Column, ...]:
@@ -64,7 +67,10 @@ class Plan:
         columns = tuple((name, None if c is None else tuple(c)) for name, c in record["columns"])
         chosen = record["genes_chosen_from"]
         texts = {"genes": tuple(record["genes"]), "identifiers": tuple(record["identifiers"])}
-        return cls(**record | texts | {"columns": columns, "genes_chosen_from": chosen and tuple(chosen)})
+        panels = Panels.of(record["panels"])
+        return cls(
+            **record | texts | {"columns": columns, "genes_chosen_from": chosen and tuple(chosen), "panels": panels}
+        )
 
 
 def manifests(atlas: Atlas) -> dict[str, str]:
@@ -94,7 +100,7 @@ def planned(
     folder.mkdir()
     for number, info in enumerate(atlas.datasets[plan.first :], plan.first):
         keep = None if kept is None else kept.masks[info.id]
-        write_facts(_facts(folder, number), atlas, info.id, plan.stored, keep)
+        write_facts(_facts(folder, number), atlas, info.id, plan.stored, keep, plan.panels)
     sync_tree(folder)
     write_json_atomic(folder / PLAN, asdict(plan))
     return plan
@@ -121,9 +127,15 @@ def _decide(
         genes, chosen_from = base.genes, base.manifest["genes_chosen_from"]
     stored = tuple((column.name, column.categories) for column in columns)
     grows_from = base.digest if base else None
-    plan = Plan(recipe, datasets, grows_from, first, genes, chosen_from, stored, tuple(identifiers), filtered)
+    panels = _panels(atlas, recipe["proteins"], base if first else None, ids[first:])
+    plan = Plan(recipe, datasets, grows_from, first, genes, chosen_from, stored, tuple(identifiers), filtered, panels)
     _refuse_absent(atlas, plan)
     return plan, kept
+
+
+def _panels(atlas: Atlas, key: str | None, base: View | None, ids: Sequence[str]) -> Panels | None:
+    """The proteins of the data sets `ids`, and of those of the view whose cells are taken over."""
+    return None if key is None else find_panels(atlas, key, base.panels if base else None, ids)
 
 
 def _kept(atlas: Atlas, filters: Filters, first: int, executor: Executor | None) -> Kept | None:

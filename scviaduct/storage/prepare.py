@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-import errno
-import fcntl
 import hashlib
 import json
 import logging
-import os
+import math
 import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal, TextIO, get_args
+from typing import Any, Literal, get_args
 
 import dask.utils
 import numpy as np
@@ -27,12 +25,20 @@ from scviaduct.storage.columns import DATASET, OBS_DATASET, Tally
 from scviaduct.storage.extend import Grown, is_prefix
 from scviaduct.storage.genes import normalise
 from scviaduct.storage.hvg import Flavor
-from scviaduct.storage.manifest import VIEW_MARKER, file_digest, read_json, sync_directory, sync_tree, write_json_atomic
+from scviaduct.storage.locks import locked
+from scviaduct.storage.manifest import (
+    VIEW_MARKER,
+    disk_is_full,
+    read_json,
+    replace_folder,
+    tree_digest,
+    write_json_atomic,
+)
 from scviaduct.storage.merge import Form, Sorted, total, write
 from scviaduct.storage.places import local
 from scviaduct.storage.plan import TASK_VALUES, Plan, manifests, planned, tasks
 from scviaduct.storage.qc import Filters
-from scviaduct.storage.spill import Spilled, Task, spill
+from scviaduct.storage.spill import ARRAYS, Spilled, Task, spill
 from scviaduct.storage.tasks import as_done, cores
 from scviaduct.storage.view import FORMAT, View
 
@@ -56,6 +62,7 @@ def prepare(
     memory: str = "2GB",
     join: Literal["intersection", "union"] = "intersection",
     filters: Filters = Filters(),  # noqa: B008 - frozen
+    proteins: str | None = None,
     codec: Codec = "lz4",
     workers: int | None = None,
     executor: Executor | None = None,
@@ -67,7 +74,8 @@ def prepare(
     `genes` is a number of highly variable genes (of a `flavor` that scanpy has, found per value of the obs column
     `batch_key`, by default per data set), "all", names, or the path of a text file with one name per line. `join` says
     which genes are in question: those of every data set, or of any (a gene counts as zero where it was not measured).
-    Cells that fail the `filters`, and cells without a count over the chosen genes, are left out and counted. `codec`
+    Cells that fail the `filters`, and cells without a count over the chosen genes, are left out and counted. `proteins`
+    names the obsm element with the protein counts of CITE-seq, which the view then has over all panels. `codec`
     compresses the arrays: "lz4", "zstd" (smaller, for slow disks) or "none".
 
     `memory` bounds this process; `workers` (default: the cores) are its threads, or how many tasks `executor` has at a
@@ -78,7 +86,8 @@ def prepare(
 
     Raises:
         OutputExistsError: `name` holds a view of another recipe, or data sets were changed (unless `overwrite`).
-        DataError: genes, batches or filters do not fit the atlas.
+        DataError: genes, batches, proteins or filters do not fit the atlas.
+        NotCountsError: a protein has values that are no counts.
         ConfigError: an option has a value that makes no sense.
         IncompleteError: something of the atlas is damaged, or the disk is full; what is done is kept.
     """
@@ -89,6 +98,7 @@ def prepare(
         "batch_key": batch_key,
         "join": _one_of(join, ("intersection", "union"), "join"),
         "filters": asdict(filters),
+        "proteins": proteins,
         "seed": int(seed),
         "block_rows": _positive(block_rows, "block_rows"),
         "codec": _one_of(codec, get_args(Codec), "codec"),
@@ -160,30 +170,13 @@ def _checked_path(atlas: Atlas, name: str) -> Path:
 @contextlib.contextmanager
 def _locked(final: Path) -> Iterator[None]:
     """Only one process makes a view at a time; others wait, then find it made. Nothing is left of the lock."""
-    path = final.with_name(f".{final.name}.lock")
-    while (lock := _lock(path)) is None:
-        pass
-    with lock:
-        try:
-            yield
-        finally:
-            path.unlink(missing_ok=True)
-            with contextlib.suppress(OSError):  # other views are in it
-                path.parent.rmdir()
-
-
-def _lock(path: Path) -> TextIO | None:
-    """The lock, taken; None when its holder removed the file, or its folder, while this process waited."""
-    path.parent.mkdir(exist_ok=True)
+    lock = final.with_name(f".{final.name}.lock")
     try:
-        file = path.open("w")
-    except FileNotFoundError:
-        return None
-    fcntl.flock(file, fcntl.LOCK_EX)
-    if os.fstat(file.fileno()).st_nlink:
-        return file
-    file.close()
-    return None
+        with locked(lock, busy=f"{final} is being made by another process", patience=math.inf):
+            yield
+    finally:
+        with contextlib.suppress(OSError):  # other views are in it
+            final.parent.rmdir()
 
 
 def _partial(final: Path) -> Path:
@@ -223,7 +216,7 @@ def _kept_for_the_next_run(final: Path) -> Iterator[None]:
             shutil.rmtree(_partial(final), ignore_errors=True)
         raise
     except (OSError, RuntimeError) as error:  # zarrs raises RuntimeError
-        if getattr(error, "errno", None) not in (errno.ENOSPC, errno.EDQUOT) and "No space left" not in str(error):
+        if not disk_is_full(error):
             raise
         raise IncompleteError(
             f"The disk of {final.parents[1]} is full: view {final.name!r} could not be written. Free some space and "
@@ -256,7 +249,7 @@ class _Job:
             todo = list(tasks(self._atlas, plan, folder))
             self._spill(todo)
             self._write(folder / "view", plan, todo, base)
-        _publish(folder / "view", final)
+        replace_folder(folder / "view", final)
 
     def _spill(self, todo: list[Task]) -> None:
         open_ = [task for task in todo if not task.out.is_file()]
@@ -268,6 +261,7 @@ class _Job:
             for task, _ in as_done(pool, spill, open_, ahead=2 * self._workers):
                 done += task.n_cells
                 self._tell("shuffle", done, cells)
+        ARRAYS.clear()
 
     def _threads(self) -> ThreadPoolExecutor:
         fit = (self._memory - _BASE_BYTES) // _TASK_BYTES
@@ -278,7 +272,7 @@ class _Job:
         if any(column.name == OBS_DATASET for column in plan.stored):
             log.warning("the obs column %r is called %r in views: %r is the data set id", DATASET, OBS_DATASET, DATASET)
         spilled = [Spilled(task.out) for task in todo]
-        grown = [Grown(base, plan.stored, plan.recipe["seed"])] if base and plan.first else []
+        grown = [Grown(base, plan.stored, plan.recipe["seed"], plan.panels)] if base and plan.first else []
         parts: list[Sorted] = [*grown, *spilled]
         cells = total(parts)
         if not cells.cells:
@@ -286,7 +280,7 @@ class _Job:
         zero = dict(base.manifest["zero_count_cells"]) if base and plan.first else {}
         for task, part in zip(todo, spilled, strict=True):
             zero[task.dataset_id] = zero.get(task.dataset_id, 0) + part.totals.zero
-        form = Form(plan.stored, len(plan.genes), plan.recipe["block_rows"], plan.recipe["codec"])
+        form = Form(plan.stored, len(plan.genes), plan.recipe["block_rows"], plan.recipe["codec"], plan.panels)
         with self._threads() as pool:
             tallies = write(
                 path,
@@ -297,7 +291,7 @@ class _Job:
                 on_cells=lambda done: self._tell("write", done, cells.cells),
             )
             manifest = _manifest(plan, tallies, zero) | {"n_rows": cells.cells, "nnz": cells.nnz, "sum": cells.sum}
-            files = _digests(path, pool)
+            files = tree_digest(path, pool=pool)
         digest = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
         write_json_atomic(path / VIEW_MARKER, manifest | {"digest": digest, "files": files})
 
@@ -314,15 +308,7 @@ def _manifest(plan: Plan, tallies: list[Tally], zero: dict[str, int]) -> dict[st
         "columns": {tally.column.name: tally.to_dict() for tally in tallies},
         "identifiers": list(plan.identifiers),
         "genes": list(plan.genes),
-    }
-
-
-def _digests(path: Path, pool: Executor) -> dict[str, dict[str, Any]]:
-    """Size and sha256 of every file of the view."""
-    files = {p.relative_to(path).as_posix(): p for p in path.rglob("*") if p.is_file()}
-    names = sorted(files)
-    sums = pool.map(file_digest, [files[name] for name in names])
-    return {name: {"bytes": files[name].stat().st_size, "sha256": sha} for name, sha in zip(names, sums, strict=True)}
+    } | ({"proteins": asdict(plan.panels)} if plan.panels else {})
 
 
 def _recover(final: Path) -> None:
@@ -330,14 +316,4 @@ def _recover(final: Path) -> None:
     old = final.with_name(f".{final.name}.old")
     if old.exists() and not final.exists():
         old.rename(final)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _publish(temporary: Path, final: Path) -> None:
-    sync_tree(temporary)
-    old = final.with_name(f".{final.name}.old")
-    if final.exists():
-        final.rename(old)
-    temporary.rename(final)
-    sync_directory(final.parent)
     shutil.rmtree(old, ignore_errors=True)

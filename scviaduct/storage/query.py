@@ -16,6 +16,7 @@ from scviaduct.schema import MISSING, Batch, Covariate, Schema
 from scviaduct.storage.columns import DATASET, OBS_DATASET, as_text
 from scviaduct.storage.genes import GeneMatch, match, mismatch_hint, select
 from scviaduct.storage.h5ad import CountsFile, open_counts
+from scviaduct.storage.querypanel import ProteinMatch, read_proteins
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,6 +29,8 @@ class Query:
     schema: Schema
     """The reference's schema with the query's new categories appended."""
     match: GeneMatch
+    proteins: ProteinMatch | None
+    """Of the reference's proteins; None when it has none."""
     kept: NDArray[np.int64]
     """Rows of the file that are mapped: those with a count over the reference's genes."""
     obs: pd.DataFrame
@@ -46,13 +49,15 @@ def read_query(
     counts: str | None = None,
     sum_duplicates: bool = False,
     floor: float = 0.2,
+    proteins: str | None = None,
 ) -> Query:
-    """Read a file (an h5ad, an AnnData Zarr store or a 10x Genomics h5) as a query for a model with `schema`; only the reference's genes are kept in memory.
+    """Read a file (an h5ad, an AnnData Zarr store, a 10x Genomics h5 or a MuData) as a query for a model with `schema`; only the reference's genes are kept in memory.
 
     `batch_key` is the file's batch column (default: the reference's name for it); with `one_batch` the file is one
     batch, named by its stem. A query's batches are new ones even when a reference batch has the same name
     ("<query>:<name>" then), unless `reuse_batches`. `counts` says which matrix holds them, and `sum_duplicates` adds up
-    genes that are named twice, as in `open_counts`.
+    genes that are named twice, as in `open_counts`. `proteins` is the obsm element with the protein counts (default: the
+    reference's name for it, where the file has that; "none" for none): its panel may be any part of the reference's.
 
     Raises DataError when fewer than `floor` of the reference's genes are found or cells lack a covariate,
     MissingColumnError for a missing covariate column, NotCountsError and UnreadableFileError as `open_counts` does.
@@ -70,11 +75,17 @@ def read_query(
         further = [c.extended(v.categories) for c, v in zip(schema.categorical, values, strict=True)]
         extended = replace(schema, batch=batch, categorical=tuple(further))
         codes = [_codes(v, c)[kept] for v, c in zip(values, further, strict=True)]
+        of_batch = _codes(names, batch)[kept]
+        whole = _batch(file, extended, cells[kept], kept, of_batch, codes)
+        panel = read_proteins(file, extended, proteins, kept, of_batch) if schema.proteins else None
+        if panel:
+            whole, extended = replace(whole, proteins=panel.counts), replace(extended, measured=panel.measured)
         return Query(
             id=file.id,
-            batch=_batch(file, extended, cells[kept], kept, _codes(names, batch)[kept], codes),
+            batch=whole,
             schema=extended,
             match=found,
+            proteins=panel.match if panel else None,
             kept=kept,
             obs=file.obs,
             n_obs=file.n_obs,

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from scviaduct.errors import IncompleteError, ScviaductError
-from scviaduct.storage.arrays import make_group, open_group
+from scviaduct.storage.arrays import make_group
 from scviaduct.storage.atlas import Atlas
-from scviaduct.storage.convert import memory_bytes, write_record
+from scviaduct.storage.convert import memory_bytes, stored_vocabulary, write_record
 from scviaduct.storage.dataset import DatasetPlan, write_dataset
 from scviaduct.storage.h5ad import open_counts
 from scviaduct.storage.manifest import (
@@ -25,8 +25,7 @@ from scviaduct.storage.manifest import (
     file_digest,
     json_bytes,
     read_json,
-    sync_directory,
-    sync_tree,
+    replace_folder,
     write_json_atomic,
 )
 from scviaduct.storage.places import local
@@ -35,7 +34,6 @@ from scviaduct.storage.qc import Filters
 from scviaduct.storage.report import Finding, Report
 from scviaduct.storage.request import alone
 from scviaduct.storage.verify import Progress, verify
-from scviaduct.storage.vocabulary import vocabulary
 
 
 class _CannotError(Exception):
@@ -141,9 +139,7 @@ def _mend_record(path: Path) -> str:
     """atlas.json from the data sets; of one that is there only the vocabulary. "" when nothing had to be done."""
     record = _record(path)
     if record:
-        folders = [path / "datasets" / id_ for id_ in record["datasets"]]
-        n_obs = sum(read_json(folder / DATASET_MARKER)["n_obs"] for folder in folders)
-        values, identifiers = vocabulary([open_group(folder / "obs") for folder in folders], n_obs)
+        values, identifiers = stored_vocabulary(path, record["datasets"])
         if (values, identifiers) == (record["vocabulary"], record["identifiers"]):
             return ""
         write_json_atomic(path / ATLAS_MARKER, record | {"vocabulary": values, "identifiers": identifiers})
@@ -197,7 +193,7 @@ def _mend_dataset(path: Path, lost: _Lost, scratch: Path, sources: list[Path], b
         manifest = new | {"source_path": given}
         if hashlib.sha256(json_bytes(manifest)).hexdigest() == lost.wanted:
             write_json_atomic(made / DATASET_MARKER, manifest)
-            _swap(made, final)
+            replace_folder(made, final)
             return f"converted again from {source}; it has the digests that were recorded"
     raise _CannotError(
         f"{source}, converted again, does not give what was recorded: it is another file, or was converted with other "
@@ -283,7 +279,7 @@ def _mend_view(path: Path, name: str, scratch: Path, memory: str, tell: Progress
             f"were appended since; {anew}"
         )
     write_json_atomic(stand_in / "views" / name / VIEW_MARKER, new)
-    _swap(stand_in / "views" / name, final)
+    replace_folder(stand_in / "views" / name, final)
     return f"prepared again with its {len(old['genes']):,} genes; it has the digests that were recorded"
 
 
@@ -301,6 +297,7 @@ def _prepared(atlas: Atlas, name: str, old: dict[str, Any], memory: str, tell: P
         memory=memory,
         join=recipe["join"],
         filters=Filters(**recipe["filters"]),
+        proteins=recipe.get("proteins"),
         codec=recipe["codec"],
         overwrite=True,
         on_progress=tell,
@@ -308,15 +305,3 @@ def _prepared(atlas: Atlas, name: str, old: dict[str, Any], memory: str, tell: P
     said = {"recipe": recipe, "genes_chosen_from": old["genes_chosen_from"]}
     plain = {key: value for key, value in (view.manifest | said).items() if key not in ("digest", "files")}
     return view.manifest | said | {"digest": hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()}
-
-
-def _swap(made: Path, final: Path) -> None:
-    """Put a folder in the place of another, which goes only then."""
-    sync_tree(made)
-    old = final.with_name(f".{final.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if final.exists():
-        final.rename(old)
-    made.rename(final)
-    sync_directory(final.parent)
-    shutil.rmtree(old, ignore_errors=True)

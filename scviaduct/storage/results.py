@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from scviaduct.errors import DataError, IncompleteError, OutputExistsError, UnreadableFileError
 from scviaduct.storage.formats import open_layout
-from scviaduct.storage.layouts import H5AD, Layout
+from scviaduct.storage.layouts import H5AD, Layout, close
 from scviaduct.storage.manifest import sync_directory
 
 Values: TypeAlias = NDArray[Any] | pd.Categorical
@@ -64,8 +64,7 @@ def _begin(source: Path, temporary: Path) -> None:
         if layout.kind != H5AD:
             _write_obs(layout, temporary)
     finally:
-        if isinstance(layout.root, h5py.File):
-            layout.root.close()
+        close(layout)
     if layout.kind == H5AD:
         shutil.copyfile(source, temporary)
 

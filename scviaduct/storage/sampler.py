@@ -196,7 +196,7 @@ class Sampler:
         counts = np.zeros(self.n_blocks, np.int64)
         for start in range(0, self.n_rows, _HASH_ROWS):
             rows = np.arange(start, min(self.n_rows, start + _HASH_ROWS))
-            blocks = rows[self._mine(rows)] // self.block_rows
+            blocks = rows[self.includes(rows)] // self.block_rows
             counts += np.bincount(blocks, minlength=self.n_blocks)
         return counts
 
@@ -210,7 +210,8 @@ class Sampler:
         """Steps of one epoch: as many as make batches nearest to batch_size."""
         return max(1, round(self.n_kept / self.batch_size))
 
-    def _mine(self, rows: NDArray[np.int64]) -> NDArray[np.bool_]:
+    def includes(self, rows: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """True for the rows that belong to this part of the split, shape (rows,)."""
         held_out = self.split.validation(rows)
         return held_out if self.part == "validation" else ~held_out
 
@@ -218,7 +219,7 @@ class Sampler:
         """Positions inside `block` of its kept rows, in this epoch's shuffled order."""
         start = block * self.block_rows
         rows = np.arange(start, min(self.n_rows, start + self.block_rows))
-        inside = np.flatnonzero(self._mine(rows))
+        inside = np.flatnonzero(self.includes(rows))
         return np.random.default_rng([self.seed, epoch, block]).permutation(inside)
 
     def epoch(self, index: int) -> Epoch:

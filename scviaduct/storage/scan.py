@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from scviaduct.storage.atlas import Atlas, Counts
 from scviaduct.storage.manifest import DATASET_MARKER, file_digest
+from scviaduct.storage.memory import Recycled
 from scviaduct.storage.places import Place
 from scviaduct.storage.tasks import cores
 
@@ -30,6 +31,8 @@ _VALUES = 2**22
 """Non-zeros that are decoded at once."""
 _AHEAD = 8
 """Results that are added in one go."""
+_BLOCKS = Recycled(32)
+"""Memory of blocks, used again: fresh pages cost more than decoding what goes into them."""
 _MEMORY = 2**29
 """Bytes that the sums of running tasks may take together."""
 
@@ -50,6 +53,17 @@ class Rows:
         """Genes of the data set."""
         return _opened(self.path, self.digest).n_vars
 
+    @property
+    def nnz(self) -> int:
+        """Non-zeros of the cells."""
+        indptr = _opened(self.path, self.digest).indptr
+        return int(indptr[self.last] - indptr[self.first])
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """The stored type of the counts."""
+        return _opened(self.path, self.digest).dtype
+
     def blocks(self) -> Iterator[Block]:
         """(cells, counted from `first`; row pointers, gene indices, counts as stored) in order."""
         counts = _opened(self.path, self.digest)
@@ -65,7 +79,7 @@ class Rows:
 @lru_cache(maxsize=8)
 def _opened(path: Place, digest: str) -> Counts:  # the digest tells a data set from its successor
     """The counts, opened once in a process: its row pointers, 8 bytes a cell, are read then."""
-    return Counts(path)
+    return Counts(path, allocate=_BLOCKS)
 
 
 def ranges(atlas: Atlas, dataset_id: str) -> list[Rows]:

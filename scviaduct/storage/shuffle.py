@@ -1,4 +1,4 @@
-"""A global shuffle of cells: their random keys, and the compiled loops that pick genes and put cells in order.
+"""A global shuffle of cells: their random keys, and the compiled loops that put cells in order.
 
 A cell's key is a pure function of the seed, its data set and its row, and the final order is the order of the keys.
 So the result does not depend on the memory given, the tasks the work was cut into, or who did them.
@@ -30,21 +30,6 @@ def shuffle_keys(seed: int, dataset_id: str, rows: NDArray[np.int64]) -> NDArray
 def key_ranges(keys: NDArray[np.uint64]) -> NDArray[np.int64]:
     """(cells,) the range of each key: its first 10 bits."""
     return (keys >> np.uint64(64 - RANGES.bit_length() + 1)).astype(np.int64)
-
-
-@numba.njit(nogil=True, cache=True)
-def pick(indptr, indices, data, columns, kept_indptr, kept_indices, kept_data):  # type: ignore[no-untyped-def]  # pragma: no cover
-    """The counts of the chosen genes (`columns` as from `GeneMatch.columns`); returns how many there are."""
-    at = 0
-    for cell in range(len(indptr) - 1):
-        for j in range(indptr[cell], indptr[cell + 1]):
-            gene = columns[indices[j]]
-            # Written always and kept by moving on: a branch here is mispredicted at every other chosen gene.
-            kept_indices[at] = gene
-            kept_data[at] = data[j]
-            at += gene >= 0
-        kept_indptr[cell + 1] = at
-    return at
 
 
 @numba.njit(nogil=True, cache=True)

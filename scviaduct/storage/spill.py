@@ -14,13 +14,20 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
+import pandas as pd
 from numpy.typing import NDArray
 
 from scviaduct.errors import IncompleteError
 from scviaduct.storage.atlas import Atlas
 from scviaduct.storage.columns import DATASET, OBS_DATASET, Column
+from scviaduct.storage.genes import pick
+from scviaduct.storage.memory import Recycled
+from scviaduct.storage.proteins import Panels
 from scviaduct.storage.scan import Rows
-from scviaduct.storage.shuffle import RANGES, gather, key_ranges, pick, shuffle_keys, sort_genes
+from scviaduct.storage.shuffle import RANGES, gather, key_ranges, shuffle_keys, sort_genes
+
+ARRAYS = Recycled(16)
+"""Memory of the tasks before this one, used again: fresh pages cost more than the work on what goes into them."""
 
 Counts = tuple[NDArray[np.int64], NDArray[Any], NDArray[Any]]
 Cells = tuple[NDArray[Any], NDArray[Any], NDArray[Any]]
@@ -68,31 +75,46 @@ def index_dtype(n_genes: int) -> np.dtype:
 _CELL: list[tuple[str, Any]] = [("key", np.uint64), ("dataset", np.int32), ("row", np.int64), ("nnz", np.int32)]
 
 
-def facts_dtype(columns: Sequence[Column]) -> np.dtype:
-    """One record a cell of a data set: whether to keep it, and the obs columns as the view stores them."""
-    return np.dtype([("keep", np.bool_), *((f"obs{i}", column.dtype) for i, column in enumerate(columns))])
+def facts_dtype(columns: Sequence[Column], panels: Panels | None) -> np.dtype:
+    """One record a cell of a data set: whether to keep it, obs columns and protein counts as the view stores them."""
+    obs = [(f"obs{i}", column.dtype) for i, column in enumerate(columns)]
+    return np.dtype([("keep", np.bool_), *obs, *([("proteins", panels.per_cell)] if panels else [])])
 
 
 def record_dtype(facts: np.dtype) -> np.dtype:
-    """What goes with a cell's counts: its key, its source, the number of its non-zeros, and the obs columns."""
+    """What goes with a cell's counts: key, source, number of non-zeros, obs columns and protein counts."""
     return np.dtype(_CELL + [(name, facts[name]) for name in (facts.names or ())[1:]])
 
 
 def write_facts(
-    path: Path, atlas: Atlas, dataset_id: str, columns: Sequence[Column], keep: NDArray[np.bool_] | None
+    path: Path,
+    atlas: Atlas,
+    dataset_id: str,
+    columns: Sequence[Column],
+    keep: NDArray[np.bool_] | None,
+    panels: Panels | None,
 ) -> None:
     """Write what is to know of a data set's cells besides their counts, once, so that a task reads only its part."""
-    frame = atlas.obs(dataset_id)
-    facts = np.empty(len(frame), facts_dtype(columns))
-    facts["keep"] = True if keep is None else keep
-    for i, column in enumerate(columns):
-        if column.name == DATASET:
-            facts[f"obs{i}"] = (column.categories or ()).index(dataset_id)
-        else:
-            source = DATASET if column.name == OBS_DATASET else column.name
-            facts[f"obs{i}"] = column.encode(frame.get(source), len(frame))
+    frame, dtype = atlas.obs(dataset_id), facts_dtype(columns, panels)
+    obs = {f"obs{i}": _encoded(column, frame, dataset_id) for i, column in enumerate(columns)}
+    pieces = panels.rows(atlas, dataset_id, len(frame)) if panels else [(slice(0, len(frame)), None)]
     with path.open("wb") as file:
-        _save(file, facts)
+        _header(file, len(frame), dtype)
+        for cells, proteins in pieces:
+            facts = np.empty(cells.stop - cells.start, dtype)
+            facts["keep"] = True if keep is None else keep[cells]
+            for name, values in obs.items():
+                facts[name] = values[cells]
+            if proteins is not None:
+                facts["proteins"] = proteins
+            file.write(facts.view(np.uint8).data)
+
+
+def _encoded(column: Column, frame: pd.DataFrame, dataset_id: str) -> NDArray[Any]:
+    """(cells,) an obs column of a data set as the view stores it."""
+    if column.name == DATASET:
+        return np.full(len(frame), (column.categories or ()).index(dataset_id), column.dtype)
+    return column.encode(frame.get(DATASET if column.name == OBS_DATASET else column.name), len(frame))
 
 
 def spill(task: Task) -> None:
@@ -112,27 +134,28 @@ def spill(task: Task) -> None:
     records["row"], records["nnz"] = task.rows.first + cells, nnz[cells]
     for name in (facts.dtype.names or ())[1:]:
         records[name] = facts[name][cells]
-    ordered = np.empty(nnz[cells].sum(), indices.dtype), np.empty(nnz[cells].sum(), data.dtype)
+    n = int(nnz[cells].sum())
+    ordered = ARRAYS(n, indices.dtype), ARRAYS(n, data.dtype)
     gather(cells, indptr, indices, data, *ordered)
     _write(task.out, (records, *ordered), zero=int((facts["keep"] & (nnz == 0)).sum()))
 
 
 def _selected(task: Task) -> Counts:
     """(row pointers, gene indices, counts) of the task's cells over the chosen genes."""
-    indptrs, pieces, dtype = [np.zeros(1, np.int64)], [], index_dtype(task.n_genes)
-    for _, indptr, indices, data in task.rows.blocks():
-        if task.columns is not None:
-            chosen = np.zeros_like(indptr), np.empty(len(indices), dtype), np.empty_like(data)
-            n = pick(indptr, indices, data, task.columns, *chosen)
-            indptr, indices, data = chosen[0], chosen[1][:n].copy(), chosen[2][:n].copy()
-        indptrs.append(indptrs[-1][-1] + indptr[1:])
-        pieces.append((indices, data))
-    indptr = np.concatenate(indptrs)
-    indices = np.concatenate([i for i, _ in pieces]).astype(dtype, copy=False)
-    data = np.concatenate([d for _, d in pieces])
+    rows = task.rows
+    indptr = np.zeros(task.n_cells + 1, np.int64)
+    indices, data, n = ARRAYS(rows.nnz, index_dtype(task.n_genes)), ARRAYS(rows.nnz, rows.dtype), 0
+    for cells, starts, genes, counts in rows.blocks():
+        ends = indptr[cells.start + 1 : cells.stop + 1]
+        if task.columns is None:
+            indices[n : n + len(genes)], data[n : n + len(genes)], ends[:] = genes, counts, starts[1:]
+        else:
+            pick(starts, genes, counts, task.columns, ends, indices[n:], data[n:])
+        ends += n
+        n = int(ends[-1])
     if task.columns is not None and (np.diff(task.columns[task.columns >= 0]) < 0).any():
         sort_genes(indptr, indices, data)
-    return indptr, indices, data
+    return indptr, indices[:n], data[:n]
 
 
 def _write(path: Path, cells: Cells, *, zero: int) -> None:
@@ -153,8 +176,14 @@ def _write(path: Path, cells: Cells, *, zero: int) -> None:
 
 def _save(file: BinaryIO, array: NDArray[Any]) -> None:
     """np.save, which would not say why a disk refuses."""
-    np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(array))
+    _header(file, len(array), array.dtype)
     file.write(array.view(np.uint8).data)
+
+
+def _header(file: BinaryIO, n: int, dtype: np.dtype) -> None:
+    np.lib.format.write_array_header_1_0(
+        file, np.lib.format.header_data_from_array_1_0(np.empty(0, dtype)) | {"shape": (n,)}
+    )
 
 
 def borders(records: NDArray[Any]) -> NDArray[np.int64]:
@@ -174,14 +203,24 @@ class Spilled:
             self.borders: NDArray[np.int64] = np.load(file, allow_pickle=False)
             self._arrays = [_skip(file) for _ in range(3)]
 
-    def read(self, first: int, last: int) -> Cells:
-        """The cells whose keys lie in the ranges `first` to `last`, in their order."""
-        cells, nnz = self.borders[[first, last]].T.tolist()
+    def records(self, first: int, last: int) -> NDArray[Any]:
+        """What goes with the cells whose keys lie in the ranges `first` to `last`, in their order."""
+        start, stop = self.borders[[first, last], 0].tolist()
+        offset, dtype = self._arrays[0]
+        records = np.empty(stop - start, dtype)
         with self.path.open("rb") as file:
-            (records, indices, data) = (
-                _part(file, *array, *span) for array, span in zip(self._arrays, (cells, nnz, nnz), strict=True)
-            )
-        return records, indices, data
+            _read_into(file, offset + start * dtype.itemsize, records)
+        return records
+
+    def counts(self, first: int, last: int, indices: NDArray[Any], data: NDArray[Any]) -> None:
+        """Fill (nnz,) gene indices and counts of those cells."""
+        start = int(self.borders[first, 1])
+        with self.path.open("rb", buffering=0) as file:
+            for out, (offset, dtype) in zip((indices, data), self._arrays[1:], strict=True):
+                values = out if out.dtype == dtype else np.empty(len(out), dtype)
+                _read_into(file, offset + start * dtype.itemsize, values)
+                if values is not out:
+                    out[:] = values
 
 
 def _skip(file: BinaryIO) -> tuple[int, np.dtype]:
@@ -193,9 +232,11 @@ def _skip(file: BinaryIO) -> tuple[int, np.dtype]:
     return start, dtype
 
 
-def _part(file: BinaryIO, start: int, dtype: np.dtype, first: int, last: int) -> NDArray[Any]:
-    file.seek(start + first * dtype.itemsize)
-    values = np.fromfile(file, dtype, last - first)
-    if len(values) < last - first:
-        raise IncompleteError(f"{file.name} was cut off; remove it, and run scviaduct prepare again")
-    return values
+def _read_into(file: BinaryIO, start: int, out: NDArray[Any]) -> None:
+    file.seek(start)
+    wanted = out.view(np.uint8).data
+    while len(wanted):  # a raw file gives at most 2 GB at once
+        got = file.readinto(wanted)  # type: ignore[attr-defined]
+        if not got:
+            raise IncompleteError(f"{file.name} was cut off; remove it, and run scviaduct prepare again")
+        wanted = wanted[got:]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -12,17 +13,22 @@ from numpy.typing import NDArray
 from scviaduct.errors import DataError, IncompleteError, MissingColumnError, nearest
 from scviaduct.schema import MISSING, Batch, Covariate, Schema
 from scviaduct.storage.atlas import Atlas
+from scviaduct.storage.columns import DATASET
 from scviaduct.storage.manifest import VIEW_MARKER, read_json, tree_digest
 from scviaduct.storage.memory import Recycled
 from scviaduct.storage.places import Place, exists, file_sizes, place
+from scviaduct.storage.proteins import Measured, Panels, tell_silent
 from scviaduct.storage.shards import Arrays, Slice
 from scviaduct.storage.tasks import cores
 
 FORMAT = 1
 VALUES = ("data", "indices")
 """The arrays with one entry a non-zero."""
+PROTEINS = "proteins"
+"""The array of protein counts, a cell's after the other's."""
 _REMOTE_BYTES = 256 << 20  # of blocks that are on their way from an object store
 _STRATA_ROWS = 1 << 20
+_PROTEIN_VALUES = 1 << 24
 
 Result = TypeVar("Result")
 
@@ -41,6 +47,8 @@ class View:
         self.genes: tuple[str, ...] = tuple(manifest["genes"])
         self.n_rows: int = manifest["n_rows"]
         self.block_rows: int = manifest["recipe"]["block_rows"]
+        self.panels = Panels.of(manifest.get("proteins"))
+        """The proteins, where the view was prepared with any."""
         self.excluded: int = sum(manifest["zero_count_cells"].values())
         """Cells left out because they have no count over the chosen genes."""
 
@@ -89,13 +97,17 @@ class View:
         categorical_covariate_keys: Sequence[str] = (),
         continuous_covariate_keys: Sequence[str] = (),
         size_factor_key: str | None = None,
+        proteins: bool = False,
     ) -> Schema:
         """The schema of a model over this view; a category that no cell of the view has is not in it.
 
+        With `proteins` it has the view's proteins, and says of each batch which of them it measured, for which all
+        protein counts are read once.
+
         Raises MissingColumnError when a column does not exist, DataError when cells have no value in a column that
-        needs one (labels do not) or a column is of the wrong kind.
+        needs one (labels do not), a column is of the wrong kind, or there are no proteins.
         """
-        return Schema(
+        schema = Schema(
             genes=self.genes,
             batch=self._covariate(batch_key),
             labels=self._labels(labels_key, unlabeled_category) if labels_key else None,
@@ -104,6 +116,18 @@ class View:
             continuous=tuple(map(self._number, continuous_covariate_keys)),
             size_factor=self._size_factor(size_factor_key) if size_factor_key else None,
         )
+        return self._with_proteins(schema) if proteins else schema
+
+    def _with_proteins(self, schema: Schema) -> Schema:
+        panels = self.panels
+        if panels is None:
+            raise DataError(
+                f"View {self.name!r} of {self.atlas_path} holds no proteins. Make one that does: scviaduct prepare "
+                f"{self.atlas_path} --name NAME --proteins KEY, where KEY is the obsm element with the protein counts"
+            )
+        found = ViewSource(self, schema).measured()
+        tell_silent(found.silent, schema.batch.categories, panels.names)
+        return replace(schema, proteins_key=panels.key, proteins=panels.names, measured=found.table)
 
     def source(self, schema: Schema) -> ViewSource:
         """The view's cells as the schema's codes, in blocks.
@@ -119,6 +143,11 @@ class View:
             new = set(self._covariate(covariate.key).categories) - set(covariate.categories)
             if new:
                 raise DataError(f"Column {covariate.key!r}: the model has no category {min(new)!r} ({len(new)} such).")
+        if schema.proteins and (self.panels is None or schema.proteins != self.panels.names):
+            raise DataError(
+                f"View {self.name!r} of {self.atlas_path} does not hold the model's {len(schema.proteins)} proteins: "
+                f"prepare a view of the same panels with --proteins {schema.proteins_key}."
+            )
         return ViewSource(self, schema)
 
     def verify(self) -> None:
@@ -232,6 +261,7 @@ class ViewSource:
         covariates = [*schema.covariates, *([schema.labels] if schema.labels else [])]
         self._codes = {c.key: _Codes(view.column(c.key), c) for c in covariates}
         self._numbers = dict.fromkeys([*schema.continuous, *([schema.size_factor] if schema.size_factor else [])])
+        self._measured = np.array(schema.measured, bool)
         self._arrays = Arrays(view.path, Recycled())
 
     def __reduce__(self) -> tuple[type[ViewSource], tuple[View, Schema]]:
@@ -268,10 +298,45 @@ class ViewSource:
         rows = slice(0, self.n_rows)
         if "categories" in record:
             return self._guarded(self._column, key, rows)
-        codes = _Codes(record, Covariate(key, occurring(record)))
-        parts = [slice(a, min(a + _STRATA_ROWS, rows.stop)) for a in range(0, rows.stop, _STRATA_ROWS)]
-        small = np.min_scalar_type(-len(record["values"]) - 1)
+        return self._coded(key, _Codes(record, Covariate(key, occurring(record))), len(record["values"]))
+
+    def labels(self) -> NDArray[np.integer[Any]]:
+        """(rows,) code of each cell in the schema's labels, MISSING where it has none; a byte or two a cell.
+
+        Raises IncompleteError as `read`.
+        """
+        labels = self.schema.labels
+        if labels is None:
+            return np.full(self.n_rows, MISSING, np.int8)
+        return self._coded(labels.key, self._codes[labels.key], len(labels))
+
+    def _coded(self, key: str, codes: _Codes, n_codes: int) -> NDArray[Any]:
+        """A whole column as codes, in the smallest type that holds them."""
+        small = np.min_scalar_type(-n_codes - 1)
+        parts = [slice(a, min(a + _STRATA_ROWS, self.n_rows)) for a in range(0, self.n_rows, _STRATA_ROWS)]
         return np.concatenate([codes(self._guarded(self._column, key, part)).astype(small) for part in parts])
+
+    def measured(self) -> Measured:
+        """What each batch measured of the view's proteins: one pass over their counts; raises IncompleteError as `read`."""
+        panels = self.view.panels
+        assert panels is not None
+        counted = panels.counted(self.view.categories[DATASET])
+        found = Measured(len(self.schema.batch), len(panels.names))
+        step = max(1, _PROTEIN_VALUES // len(panels.names))
+        for first in range(0, self.n_rows, step):
+            rows = slice(first, min(first + step, self.n_rows))
+            counts = self._guarded(self._proteins, rows)
+            datasets, batches = (self._guarded(self._column, key, rows) for key in (DATASET, self.schema.batch.key))
+            batches = self._codes[self.schema.batch.key](batches)
+            for number in np.unique(datasets):
+                here = datasets == number
+                found.add(counts[here], batches[here], counted[number])
+        return found
+
+    def _proteins(self, rows: slice) -> NDArray[Any]:
+        """(cells, proteins) counts in the stored type."""
+        n = len(self.view.panels.names) if self.view.panels else 0
+        return self._arrays.read(Slice(PROTEINS, rows.start * n, rows.stop * n))[0].reshape(-1, n)
 
     def _guarded(self, read: Callable[..., Result], *arguments: Any) -> Result:
         try:
@@ -306,8 +371,13 @@ class ViewSource:
             categorical=np.stack(further, axis=1) if further else np.zeros((n, 0), np.int64),
             continuous=np.stack(numbers, axis=1).astype(np.float32) if numbers else np.zeros((n, 0), np.float32),
             size_factor=size_factor.astype(np.float32),
+            proteins=self._masked(rows, codes[schema.batch.key]) if schema.proteins else np.zeros((0, 0), np.float32),
             rows=np.arange(rows.start, rows.stop),
         )
+
+    def _masked(self, rows: slice, batches: NDArray[np.int64]) -> NDArray[np.float32]:
+        """(cells, proteins) counts, 0 where the cell's batch does not count as having measured the protein."""
+        return np.where(self._measured[batches], self._proteins(rows), 0).astype(np.float32)
 
     def _column(self, key: str, rows: slice) -> NDArray[Any]:
         return self._arrays.read(Slice(array_name(key), rows.start, rows.stop))[0]
@@ -315,6 +385,8 @@ class ViewSource:
     def _check_lengths(self) -> None:
         nnz = self.view.manifest["nnz"]
         expected = {"data": nnz, "indices": nnz, "indptr": self.n_rows + 1}
+        if self.schema.proteins:
+            expected[PROTEINS] = self.n_rows * len(self.schema.proteins)
         columns = [array_name(key) for key in (*self._codes, *self._numbers)]
         for layout in self._arrays.layouts([*expected, *columns]):
             wanted = expected.get(layout.name, self.n_rows)

@@ -13,8 +13,10 @@ from scviaduct.distributed.workers import Workers
 from scviaduct.errors import ConfigError, DataError
 from scviaduct.models.counts import Counts
 from scviaduct.models.likelihood_kernels import Nonzeros
+from scviaduct.models.scanvi import SCANVI
 from scviaduct.models.scvi import PRESETS, SCVI
-from scviaduct.schema import Batch, Covariate, Schema
+from scviaduct.schema import MISSING, Batch, Covariate, Schema
+from scviaduct.storage.labelled import LabelledLoader, LabelledPlan
 from scviaduct.storage.loader import Loader, MemorySource
 from scviaduct.storage.sampler import Sampler
 
@@ -121,6 +123,49 @@ def test_the_plateau_rule_lowers_the_learning_rate():
     assert rates[0] == 1e-9 and rates[40] == pytest.approx(0.6e-9) and rates[-1] == pytest.approx(0.36e-9)
 
 
+def test_the_plateau_rule_as_one_sets_it():
+    config = replace(FIT, max_epochs=8, lr=1e-9, reduce_lr_on_plateau=True, n_epochs_kl_warmup=0)
+    config = replace(config, early_stopping_min_delta=1e3, lr_patience=2, lr_factor=0.1)
+    rates = [r["lr"] / 1e-9 for r in fit(model(), cells(60), config).history]
+    assert rates == pytest.approx([1, 1, 1, 1, 0.1, 0.1, 0.1, 0.01])
+
+
+@pytest.mark.parametrize("monitor", ["reconstruction", "kl", "loss"])
+def test_another_number_may_be_monitored(monitor):
+    config = replace(FIT, max_epochs=12, lr=3e-2, early_stopping=True, early_stopping_patience=3, n_epochs_kl_warmup=6)
+    progress = fit(model(), cells(120), replace(config, early_stopping_monitor=monitor))
+    values = [r[f"{monitor}_validation"] for r in progress.history]
+    assert progress.best == min(values) and progress.best_epoch == int(np.argmin(values))
+    assert len(values) == min(12, progress.best_epoch + 4)
+
+
+@pytest.mark.parametrize(
+    ("change", "reference"),
+    [
+        ({"optimizer": "AdamW", "weight_decay": 0.1}, (torch.optim.AdamW, {"weight_decay": 0.1, "eps": 0.01})),
+        ({"eps": 1e-8, "weight_decay": 0.1}, (torch.optim.Adam, {"weight_decay": 0.1, "eps": 1e-8})),
+    ],
+)
+def test_the_optimizer_is_the_one_asked_for(change, reference):
+    """One step of a batch that is the whole epoch, beside the same step by hand."""
+    config = replace(FIT, max_epochs=1, batch_size=300, validation_size=0.0, max_kl_weight=0.5, **change)
+    config = replace(config, n_epochs_kl_warmup=0)
+    ours, by_hand = model(), model()
+    fit(ours, cells(), config)
+    kind, options = reference
+    optimizer = kind(by_hand.parameters(), lr=1e-3, **options)
+    with Loader(cells(), Sampler(n_rows=300, block_rows=50, batch_size=300)).epoch(0) as batches:
+        by_hand(next(iter(batches)), kl_weight=0.5).loss.backward()
+    optimizer.step()
+    for name, tensor in by_hand.state_dict().items():
+        torch.testing.assert_close(ours.state_dict()[name], tensor, msg=name)
+
+
+def test_the_kl_weight_moves_between_its_bounds():
+    config = replace(FIT, min_kl_weight=0.1, max_kl_weight=0.3)
+    assert [r["kl_weight"] for r in fit(model(), cells(60), config).history] == pytest.approx([0.1, 0.2, 0.3, 0.3])
+
+
 def test_gradient_clipping_bounds_the_step():
     free, clipped = model(), model()
     fit(free, cells(), replace(FIT, max_epochs=1))
@@ -168,7 +213,71 @@ def test_batch_norm_cannot_be_computed_lane_by_lane():
         fit(model(use_batch_norm="both"), cells(), replace(FIT, deterministic=True))
 
 
+def partly_labelled(n=300, every=10):
+    source = cells(n)
+    labels = np.where(np.arange(n) % every == 0, np.arange(n) // every % 3, MISSING)
+    return MemorySource(replace(source.cells, labels=labels), source.block_rows)
+
+
+def scanvi(seed=0, **options):
+    torch.manual_seed(seed)
+    schema = replace(SCHEMA, labels=Covariate("label", ("x", "y", "z")))
+    made = SCANVI(schema, SCANVI.Config(**{"n_hidden": 16, "n_latent": 3} | PRESETS["scarches"] | options))
+    made.set_labelled_share(0.1)
+    return made
+
+
+@pytest.mark.parametrize("batch_size", [64, 8])
+def test_labelled_cells_add_the_same_gradient_lane_by_lane(batch_size):
+    """At a batch size of 8 most lanes are empty, and some of these have labelled cells."""
+    source, net = partly_labelled(), scanvi()
+    main = Sampler(n_rows=300, block_rows=50, batch_size=batch_size)
+    with LabelledLoader(source, LabelledPlan(main=main, codes=source.labels())).epoch(0) as batches:
+        alone = lambda b: any(lane.n_cells == 0 and lane.labelled.n_cells > 0 for lane in lanes(b))  # noqa: E731
+        batch = next(b for b in batches if alone(b) == (batch_size == 8))
+    gradients = []
+    for deterministic in (False, True):
+        net.zero_grad()
+        sums = backward(net, batch, 0.7, batch.n_cells, Workers(), deterministic=deterministic)
+        gradients.append([p.grad.clone() for p in net.parameters()])
+        assert sums[3] == batch.n_cells
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("options", [{}, {"n_samples_per_label": 4}], ids=["all", "four of each"])
+def test_a_stopped_scanvi_goes_on_with_the_labelled_cells_that_were_next(tmp_path, options):
+    config = replace(FIT, batch_size=8, max_epochs=2)
+    undisturbed = scanvi(**options)
+    fit(undisturbed, partly_labelled(), config)
+    store = Checkpoints(tmp_path, seconds=0.0)
+    with pytest.raises(Killed):
+        fit(scanvi(**options), partly_labelled(), config, hooks=Hooks(checkpoints=store, cells=KillAfter(20)))
+    resumed = scanvi(9, **options)
+    fit(resumed, partly_labelled(), config, hooks=Hooks(checkpoints=store))
+    assert same(weights(resumed), weights(undisturbed))
+
+
+def test_the_labelled_stream_is_what_the_model_asks_for():
+    rows = []
+
+    class Seen(SCANVI):
+        def forward(self, batch, kl_weight=1.0, noise=None):
+            if self.training:
+                rows.append(None if batch.labelled is None else len(np.unique(batch.labelled.rows)))
+            return super().forward(batch, kl_weight, noise)
+
+    for options, each in (({}, 25), ({"n_samples_per_label": 4}, 12), ({"labelled_batches": False}, None)):
+        rows.clear()
+        net = scanvi(**options)
+        net.__class__ = Seen
+        fit(net, partly_labelled(), replace(FIT, max_epochs=1, batch_size=64))
+        assert set(rows) == {each}  # 30 cells have a label, 5 of these are held out
+
+
 def test_too_few_cells_for_the_workers():
+    with pytest.raises(ConfigError, match="batch_size 16 is too small for 8 workers: 4 cells each"):
+        fit(model(), cells(), replace(FIT, batch_size=16), Workers(0, 8))
     with pytest.raises(ConfigError, match="7 cells are too few for 2 workers"):
         fit(model(), cells(7), FIT, Workers(0, 2))
 

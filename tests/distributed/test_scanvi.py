@@ -5,9 +5,10 @@ import numpy as np
 import pytest
 
 from scviaduct.distributed.bundle import Bundle
+from scviaduct.distributed.config import SurgeryConfig
 from scviaduct.distributed.map import map
 from scviaduct.distributed.train import train
-from scviaduct.errors import ConfigError
+from scviaduct.errors import ConfigError, ScviaductError
 
 
 @pytest.fixture(scope="module")
@@ -32,6 +33,31 @@ def test_a_partly_labelled_reference_classifies_queries(scanvi_run, query_file, 
     assert result.obs["cell_type_probability"].iloc[7] == 0
     assert result.obs["cell_type_probability"].drop(result.obs_names[7]).between(0.5, 1).all()
     assert np.isnan(result.obsm["X_scANVI"][7]).all()
+
+
+def test_a_query_s_own_labels_are_learnt_from_when_asked_for(scanvi_run, query_file, map_config, tmp_path):
+    quick = {"fit": SurgeryConfig(max_epochs=15, lr=0.03, early_stopping=False, threads=1)}
+    options = {"none": quick, "own": quick | {"labels_key": "cell_type"}}
+    options["trained"] = options["own"] | {"train_classifier": True}
+    results, labelled = {}, []
+    for name, changes in options.items():
+        labelled.append(map(scanvi_run, [query_file], map_config(tmp_path / name, **changes))["labelled"].iloc[0])
+        results[name] = ad.read_h5ad(tmp_path / name / "query.h5ad").obs
+    truth = results["none"]["cell_type"].drop(results["none"].index[7])
+    known = truth.index[truth != "type 02"]
+    assert labelled == [0, len(known), len(known)]
+    none, own, trained = (results[name].loc[known, "cell_type_probability"].mean() for name in options)
+    assert none < own < trained  # what the new columns can do, and what the classifier can do besides
+
+
+def test_labels_of_a_query_that_cannot_be_used_are_refused(run, scanvi_run, query_file, map_config, tmp_path):
+    for model, options, message in (
+        (run, {"labels_key": "cell_type"}, r"for models with a classifier \(scanvi\), not SCVI"),
+        (scanvi_run, {"labels_key": "celltype"}, "did you mean 'cell_type'"),
+        (scanvi_run, {"labels_key": "study"}, r"no cell has a label of the reference in 'study' \(e\.g\. 'study 9'\)"),
+    ):
+        with pytest.raises(ScviaductError, match=message):
+            map(model, [query_file], map_config(tmp_path / "out", **options))
 
 
 def test_no_label_at_all_is_refused(atlas, config, tmp_path):

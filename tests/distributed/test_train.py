@@ -5,6 +5,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from safetensors.torch import load_file
 
 from scviaduct.distributed.bundle import Bundle
 from scviaduct.distributed.celllog import read_cells
+from scviaduct.distributed.config import FitConfig
 from scviaduct.distributed.train import train
 from scviaduct.errors import (
     ConfigError,
@@ -119,12 +121,24 @@ def test_what_cannot_be_trained_is_said_and_leaves_nothing(atlas, config, tmp_pa
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_model_s_own_defaults_are_decided_and_recorded(atlas, config, tmp_path):
+    plain = FitConfig(max_epochs=2, threads=1)
+    bundle = train(atlas, replace(config(tmp_path / "run", model="trvae", preset="default", set=()), fit=plain))
+    fit = json.loads((tmp_path / "run" / "run.json").read_text())["config"]["fit"]
+    assert (fit["weight_decay"], fit["lr_factor"], fit["batch_size"], fit["max_epochs"]) == (0.04, 0.1, 128, 2)
+    assert fit["early_stopping"] is True and fit["n_epochs_kl_warmup"] == 0
+    assert [r["kl_weight"] for r in bundle.facts["training"]["history"]] == [1.0, 1.0]
+    assert bundle.facts["training"]["config"]["fit"] == fit
+
+
 def test_resuming_with_other_options_is_refused(atlas, config, tmp_path):
     out = tmp_path / "run"
     train(atlas, config(out, max_epochs=1))
     (out / "bundle").rename(tmp_path / "gone")
     with pytest.raises(ConfigError, match="batch_key: the run has study, now sample"):
         train(atlas, config(out, resume=True, max_epochs=1, batch_key="sample"))
+    with pytest.raises(ConfigError, match=r"options: lr: the run has 0\.003, now 0\.1\.$"):
+        train(atlas, config(out, resume=True, max_epochs=1, lr=0.1))
 
 
 @pytest.mark.parametrize(
@@ -230,6 +244,22 @@ def test_two_workers_equal_one_and_survive_a_kill(atlas, config, tmp_path, ray_c
     assert histories[0] == pytest.approx(histories[1], rel=1e-12)
     every = [json.loads(line)["epoch"] for line in (made.out / "history.jsonl").read_text().splitlines()]
     assert sorted(set(every)) == [0, 1, 2, 3]
+
+
+FAMILY = {
+    "scanvi": {"unlabeled_category": "type 02", "set": ("n_hidden=32", "n_latent=5", "n_samples_per_label=40")},
+}
+
+
+@pytest.mark.usefixtures("ray_cluster")
+@pytest.mark.parametrize("model", FAMILY)
+def test_two_workers_give_the_bits_of_one(atlas, config, tmp_path, model):
+    options = FAMILY[model] | {"model": model, "deterministic": True, "max_epochs": 2}
+    one, two = (train(atlas, config(tmp_path / str(n), workers=n, **options)) for n in (1, 2))
+    assert same(weights(one), weights(two))
+    np.testing.assert_array_equal(one.latent(), two.latent())
+    other = FAMILY[model] | {"set": FAMILY[model]["set"][:2], "model": model, "deterministic": True, "max_epochs": 2}
+    assert not same(weights(one), weights(train(atlas, config(tmp_path / "other", **other))))
 
 
 def test_a_refusal_in_a_worker_is_not_tried_again(atlas, config, tmp_path, ray_cluster):

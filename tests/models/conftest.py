@@ -17,7 +17,7 @@ def one_seed():
 
 @pytest.fixture
 def make_schema() -> MakeSchema:
-    def make(*, genes=40, batches=3, categorical=(), continuous=0, labels=0, size_factor=False) -> Schema:
+    def make(*, genes=40, batches=3, categorical=(), continuous=0, labels=0, size_factor=False, proteins=0) -> Schema:
         return Schema(
             genes=tuple(f"gene{g}" for g in range(genes)),
             batch=Covariate("sample", tuple(f"s{i}" for i in range(batches))),
@@ -25,6 +25,8 @@ def make_schema() -> MakeSchema:
             categorical=tuple(Covariate(f"c{k}", tuple(map(str, range(n)))) for k, n in enumerate(categorical)),
             continuous=tuple(f"x{k}" for k in range(continuous)),
             size_factor="sf" if size_factor else None,
+            proteins=tuple(f"p{k}" for k in range(proteins)),
+            measured=((True,) * proteins,) * batches if proteins else (),
         )
 
     return make
@@ -51,6 +53,7 @@ def make_batch() -> MakeBatch:
             categorical=np.stack(columns, 1) if columns else np.zeros((cells, 0), np.int64),
             continuous=rng.normal(size=(cells, len(schema.continuous))).astype(np.float32),
             size_factor=rng.uniform(5, 20, cells).astype(np.float32) if schema.size_factor else np.zeros(0, np.float32),
+            proteins=rng.poisson(rng.gamma(1.0, 30.0, (cells, len(schema.proteins)))).astype(np.float32),
             rows=np.arange(cells),
             seeds=rng.integers(0, 2**63, cells).astype(np.uint64),
         )
@@ -76,7 +79,8 @@ def rows_of() -> Callable[[Batch, slice], Batch]:
         first, last, _ = rows.indices(b.n_cells)
         part = slice(b.indptr[first], b.indptr[last])
         per_cell = {
-            k: getattr(b, k)[rows] for k in ("batch_index", "labels", "categorical", "continuous", "size_factor")
+            k: getattr(b, k)[rows]
+            for k in ("batch_index", "labels", "categorical", "continuous", "size_factor", "proteins")
         }
         indptr = b.indptr[first : last + 1] - b.indptr[first]
         return Batch(

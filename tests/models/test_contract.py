@@ -20,7 +20,7 @@ def cls(request):
 
 @pytest.fixture
 def model(cls, make_schema):
-    return cls(make_schema(categorical=(2,), continuous=1, labels=3), cls.Config())
+    return cls(make_schema(categorical=(2,), continuous=1, labels=3, proteins=5 * cls.uses_proteins), cls.Config())
 
 
 @pytest.fixture
@@ -107,7 +107,8 @@ def test_halves_weighted_by_cells_are_the_whole(model, batch, rows_of):
 
 def test_surgery_leaves_the_reference_embedding(model, batch, make_batch):
     known = model.encode(batch).mean
-    schema = dataclasses.replace(model.schema, batch=model.schema.batch.extended(["new"]))
+    measured = model.schema.measured + model.schema.measured[:1]
+    schema = dataclasses.replace(model.schema, batch=model.schema.batch.extended(["new"]), measured=measured)
     query = extend(model, schema).train()
     optimizer = torch.optim.Adam(query.query_parameters(), lr=0.1, weight_decay=0.1)
     new = make_batch(schema, batches=range(3, 4))
@@ -141,6 +142,7 @@ def test_cells_without_counts_do_no_harm(model, make_schema):
         n_genes=len(model.schema.genes), indptr=np.zeros(4, np.int64), indices=np.zeros(0, np.int32),
         data=np.zeros(0, np.float32), batch_index=np.arange(3), categorical=np.zeros((3, 1), np.int64),
         continuous=np.zeros((3, 1), np.float32), seeds=np.arange(3, dtype=np.uint64),
+        proteins=np.zeros((3, len(model.schema.proteins)), np.float32),
     )  # fmt: skip
     model(empty).loss.backward()
     assert all(torch.isfinite(p.grad).all() for p in model.parameters())

@@ -120,7 +120,7 @@ def test_batch_norm_alone_is_torch_s():
     torch.testing.assert_close(ours(x), theirs(x))
 
 
-SHARES = [(6, 6), (3, 9), (11, 1)]
+SHARES = [(6, 6), (3, 9), (11, 1), (12, 0)]
 
 
 def _one_rank(rank: int, file: str, out: str, shares: tuple[int, int]) -> None:

@@ -9,6 +9,8 @@ import pytest
 import torch
 
 from scviaduct.errors import ConfigError, DataError
+from scviaduct.models.base import Quantity
+from scviaduct.models.counts import Cells
 from scviaduct.models.peakvi import PeakVI, PeakVIConfig
 from scviaduct.models.poissonvi import PoissonVI, PoissonVIConfig
 from scviaduct.models.surgery import extend, report
@@ -44,6 +46,7 @@ POISSONVI = {
 }
 CASES = [("peakvi", name) for name in PEAKVI] + [("poissonvi", name) for name in POISSONVI]
 KL_WEIGHT = 0.37
+ACCESSIBILITY = Quantity(name="accessibility")
 
 
 @pytest.fixture(scope="module")
@@ -184,26 +187,46 @@ def test_accessibility(pair):
     draw_by_hand(pair)[:] = [torch.zeros(n, config.n_latent)]  # at the mean
     inference, generative = pair.theirs(pair.tensors, compute_loss=False)
     if isinstance(pair.ours, PoissonVI):
-        close(pair.ours.accessibility(pair.batch, normalize_regions=True), generative["px"].scale)
-        close(pair.ours.accessibility(pair.batch, library_size="latent", normalize_regions=True), generative["px"].rate)
+        close(accessibility(pair, normalize_regions=True), generative["px"].scale)
+        close(accessibility(pair, library_size=None, normalize_regions=True), generative["px"].rate)
         bias = pair.theirs.decoder.px_scale_decoder[0].bias
-        close(pair.ours.region_factors(), bias)
+        close(pair.ours.of_genes()["region_factor"], bias)
         torch.nn.init.zeros_(bias)
         draw_by_hand(pair)[:] = [torch.zeros(n, config.n_latent)]
         _, generative = pair.theirs(pair.tensors, compute_loss=False)
-        close(pair.ours.accessibility(pair.batch, library_size=1e4), 1e4 * generative["px"].scale)
+        close(accessibility(pair, library_size=1e4), 1e4 * generative["px"].scale)
         return
     p = generative["px"]
-    close(pair.ours.accessibility(pair.batch), p)
-    close(pair.ours.accessibility(pair.batch, regions=[5, 0]), p[:, [5, 0]])
+    close(accessibility(pair), p)
+    close(accessibility(pair, features=(5, 0)), p[:, [5, 0]])
     if config.model_depth:
-        close(pair.ours.depths(pair.batch), inference["d"].squeeze(1))
-        close(pair.ours.accessibility(pair.batch, normalize_cells=True), p * inference["d"])
+        close(pair.ours.of_cells(pair.batch)["depth"], inference["d"].squeeze(1))
+        close(accessibility(pair, normalize_cells=True), p * inference["d"])
     if config.region_factors:
-        close(pair.ours.region_factors(), torch.sigmoid(pair.theirs.region_factors))
-        close(
-            pair.ours.accessibility(pair.batch, normalize_regions=True), p * torch.sigmoid(pair.theirs.region_factors)
-        )
+        factors = torch.sigmoid(pair.theirs.region_factors)
+        close(pair.ours.of_genes()["region_factor"], factors)
+        close(accessibility(pair, normalize_regions=True), p * factors)
+        close(accessibility(pair, normalize_regions=True, features=(5, 0)), (p * factors)[:, [5, 0]])
+
+
+def accessibility(pair, **options):
+    return pair.ours.decoded(pair.batch, Quantity(name="accessibility", **options))
+
+
+@pytest.mark.parametrize("pair", CASES[:1], indirect=True, ids=" ".join)
+def test_peakvi_scores(pair):
+    """What get_elbo and get_reconstruction_error average."""
+    pair.theirs.eval(), pair.ours.eval()
+    noise = torch.randn(pair.batch.n_cells, pair.ours.config.n_latent)
+    draw_by_hand(pair)[:] = [noise.clone()]
+    inference, _, losses = pair.theirs(pair.tensors)
+    with pair.ours.evaluating():
+        cells = Cells.of(pair.batch, pair.ours.schema, pair.ours.device)
+        found = pair.ours.score(pair.ours.inference(cells, None), cells, Given(noise))
+    close(-found.log_likelihood, losses.reconstruction_loss["reconstruction_loss"])
+    close(found.kl, sum(losses.kl_local.values()))
+    prior = torch.distributions.Normal(0, 1).log_prob(inference["z"]) - inference["qz"].log_prob(inference["z"])
+    close(found.log_weight, found.log_likelihood + prior.sum(1))
 
 
 def test_import_says_what_does_not_fit(pair):
@@ -231,10 +254,14 @@ def test_another_batch_changes_the_decoder_only(make_schema, make_batch):
         model = cls(schema, cls.Config(encode_covariates=True))
         batch = make_batch(schema)
         as_one = dataclasses.replace(batch, batch_index=np.ones(batch.n_cells, np.int64))
-        z = model.encode(batch).mean
-        expected = model.accessibility(as_one, z)
-        close(model.accessibility(batch, transform_batch=1), expected)
-        assert not torch.equal(model.accessibility(batch), expected)
+        with model.evaluating():
+            q, cells = (
+                model.inference(Cells.of(batch, schema, model.device), None),
+                Cells.of(as_one, schema, model.device),
+            )
+            expected = model.decode(ACCESSIBILITY, q, cells, None)
+        close(model.decoded(batch, ACCESSIBILITY, transform_batch=1), expected)
+        assert not torch.equal(model.decoded(batch, ACCESSIBILITY), expected)
 
 
 def test_missing_factors_are_refused(make_schema, make_batch):
@@ -271,7 +298,7 @@ def test_surgery_trains_new_rows_only(cls, encode, make_schema, make_batch):
     assert {name.rsplit(".", 1)[1] for name, _ in query.named_parameters()} == {"new"}
     assert set(report(model, query).values()) == {0.0}
     assert torch.equal(model.encode(batch).mean, query.encode(batch).mean)
-    close(query.accessibility(batch), model.accessibility(batch))
+    close(query.decoded(batch, ACCESSIBILITY), model.decoded(batch, ACCESSIBILITY))
 
 
 def test_no_array_of_cells_by_regions_but_the_decoder_s(make_schema, make_batch, monkeypatch):

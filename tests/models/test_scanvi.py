@@ -12,7 +12,16 @@ from scviaduct.errors import ConfigError
 from scviaduct.models.scanvi import SCANVI, SCANVIConfig
 from scviaduct.models.scvi import PRESETS
 from scviaduct.models.upstream import load_upstream
-from tests.models.test_parity import Given, close, draw_by_hand, randomise, tensors
+from scviaduct.storage.loader import cut
+from tests.models.test_parity import (
+    Given,
+    assert_same_weights,
+    close,
+    draw_by_hand,
+    randomise,
+    take_twenty_steps,
+    tensors,
+)
 
 CASES = {
     "defaults": ({}, {}),
@@ -25,6 +34,8 @@ CASES = {
     "continuous": ({"encode_covariates": True, "gene_likelihood": "nb"}, {"continuous": 2}),
 }
 KL_WEIGHT = 0.37
+OURS = {"classification_ratio", "n_samples_per_label", "labelled_batches"}
+"""Options that are arguments of training there."""
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +54,7 @@ def pair(request, scanvae, make_schema, make_batch, dense, monkeypatch):
     prior = (np.array([[3.0, 3.5, 4.0]]), np.array([[0.5, 0.7, 0.9]]))
     if ours.models_library:
         ours.set_library_prior(*(torch.zeros(len(schema.batch)) for _ in range(2)))
-    fields = {f: getattr(config, f) for f in SCANVIConfig.__dataclass_fields__ if f != "classification_ratio"}
+    fields = {f: getattr(config, f) for f in SCANVIConfig.__dataclass_fields__ if f not in OURS}
     theirs = scanvae(
         len(schema.genes),
         len(schema.batch),
@@ -90,24 +101,12 @@ def test_loss_and_its_parts(pair, training):
 
 
 def test_gradients_and_twenty_steps_of_adam(pair):
-    pair.theirs.train(), pair.ours.train()
-    options = {"lr": 1e-3, "eps": 0.01, "weight_decay": 1e-6}
-    trained = [p for p in pair.theirs.parameters() if p.requires_grad]
-    mine, other = torch.optim.Adam(pair.ours.parameters(), **options), torch.optim.Adam(trained, **options)
-    for step in range(20):
-        ours, theirs = both_losses(pair, step)
-        for optimizer, loss in ((mine, ours.loss), (other, theirs.loss)):
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
+    ours, theirs = take_twenty_steps(pair, both_losses)
     close(ours.loss, theirs.loss)
-    twin = SCANVI(pair.ours.schema, pair.ours.config)
-    twin.load_state_dict(pair.ours.state_dict())
-    load_upstream(twin, pair.theirs.state_dict())
-    for (name, a), b in zip(pair.ours.state_dict().items(), twin.state_dict().values(), strict=True):
-        if "encoder.hidden" in name and "running" in name:
-            continue  # theirs sends the labelled cells through the encoder once more, so its average moves twice a step
-        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4, msg=lambda m, name=name: f"{name}: {m}")
+    # theirs sends the labelled cells through the encoder once more, so its running averages move twice a step
+    assert_same_weights(
+        pair, load_upstream, rtol=1e-3, atol=1e-4, skip=lambda name: "encoder.hidden" in name and "running" in name
+    )
 
 
 def test_prediction(pair):
@@ -165,3 +164,60 @@ def test_labels_are_needed(make_schema, model):
         SCANVI(make_schema())
     with pytest.raises(ConfigError, match="0% of the training cells have a label"):
         model.set_labelled_share(0.0)
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+def test_a_labelled_batch_is_classified_as_scvi_tools_does(pair, make_batch, dense, training):
+    """Other cells than those of the batch, a quarter as many, and its share of the loss is a mean over them."""
+    pair.theirs.train(training), pair.ours.train(training)
+    extra = make_batch(pair.ours.schema, pair.batch.n_cells // 4)
+    generator = torch.Generator().manual_seed(0)
+    n, latent, k = pair.batch.n_cells, pair.ours.config.n_latent, len(pair.ours.schema.labels)
+    z, library, z2 = (torch.randn(n, w, generator=generator) for w in (latent, 1, k * latent))
+    modelled = [library] if pair.ours.models_library else []
+    queue = draw_by_hand(pair)
+    unused = [torch.zeros(extra.n_cells, latent), *[library[: extra.n_cells]] * len(modelled)]
+    queue[:] = [z, *modelled, z2.reshape(n, k, latent).transpose(0, 1).reshape(k * n, latent), *unused]
+    labelled = tensors(extra, dense(extra))
+    arguments = {"kl_weight": KL_WEIGHT, "labelled_tensors": labelled, "classification_ratio": 50.0}
+    _, _, theirs = pair.theirs(pair.tensors, loss_kwargs=arguments)
+    weighted = dataclasses.replace(extra, weight=pair.batch.n_cells / extra.n_cells)
+    batch = dataclasses.replace(pair.batch, labelled=weighted)
+    ours = pair.ours(batch, kl_weight=KL_WEIGHT, noise=Given(z, *modelled, z2))
+    close(ours.loss, theirs.loss)
+    close(ours.extra["classification"] / (50.0 * n), theirs.classification_loss)
+
+
+@pytest.mark.parametrize(
+    ("share", "options", "n_samples"),
+    [
+        (0.6, {}, "none"),
+        (0.5, {}, "none"),
+        (0.4, {}, None),
+        (1.0, {"labelled_batches": True}, None),
+        (0.1, {"labelled_batches": False}, "none"),
+        (1.0, {"n_samples_per_label": 7}, 7),
+    ],
+)
+def test_when_a_labelled_batch_is_wanted(make_schema, share, options, n_samples):
+    model = SCANVI(make_schema(labels=3), SCANVIConfig(**options))
+    model.set_labelled_share(share)
+    wanted = model.labelled_stream()
+    assert ("none" if wanted is None else wanted.n_samples_per_label) == n_samples
+
+
+def test_options_of_the_labelled_batch_that_contradict_each_other():
+    with pytest.raises(ConfigError, match="labelled_batches, which are off"):
+        SCANVIConfig(labelled_batches=False, n_samples_per_label=3)
+    with pytest.raises(ConfigError, match="n_samples_per_label=0"):
+        SCANVIConfig(n_samples_per_label=0)
+
+
+def test_an_empty_batch_with_labelled_cells_has_their_loss_alone(model, make_batch):
+    model.eval()
+    extra = dataclasses.replace(make_batch(model.schema), weight=0.5)
+    nobody = cut(extra, 0, 0, extra.lanes)
+    losses = model(dataclasses.replace(nobody, labelled=extra))
+    whole = model(dataclasses.replace(extra, labelled=extra)).extra["classification"]
+    close(losses.loss, whole)
+    assert losses.n_cells == 0 and float(losses.reconstruction) == 0.0

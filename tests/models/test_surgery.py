@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from scviaduct.errors import ConfigError, DataError
+from scviaduct.models.scanvi import SCANVI
 from scviaduct.models.scvi import PRESETS, SCVI, SCVIConfig, library_prior
 from scviaduct.models.surgery import adapter, attach, extend, report
 
@@ -225,3 +226,15 @@ def test_library_prior_is_the_population_mean_and_variance():
     means, variances = library_prior([1.0, torch.e**2, 0.0, 5.0], [0, 0, 2, 3], 4)
     torch.testing.assert_close(means, torch.tensor([1.0, 0.0, 0.0, 1.6094379]))
     torch.testing.assert_close(variances, torch.tensor([1.0, 1.0, 0.0, 0.0]))
+
+
+def test_a_classifier_may_be_trained_and_nothing_else_of_the_reference(make_schema):
+    reference = SCANVI(make_schema(labels=3), SCANVI.Config(**PRESETS["scarches"]))
+    schema = dataclasses.replace(reference.schema, batch=reference.schema.batch.extended(["new"]))
+    frozen, trained = extend(reference, schema), extend(reference, schema, trained=("classifier",))
+    new = {name for name, _ in frozen.named_parameters()}
+    assert all(name.endswith(".new") for name in new)
+    own = {f"classifier.{name}" for name, _ in reference.classifier.named_parameters()}
+    assert {name for name, _ in trained.named_parameters()} == new | own and own
+    for name, tensor in frozen.state_dict().items():
+        assert torch.equal(tensor, trained.state_dict()[name]), name

@@ -9,11 +9,20 @@ import pytest
 import torch
 
 from scviaduct.errors import ConfigError
-from scviaduct.models.surgery import extend
+from scviaduct.models.adversary import Adversary
+from scviaduct.models.surgery import extend, report
 from scviaduct.models.totalvi import TotalVI, TotalVIConfig
 from scviaduct.models.upstream import load_totalvi
 from scviaduct.schema import Batch
-from tests.models.test_parity import Given, close, draw_by_hand, randomise, tensors
+from tests.models.test_parity import (
+    Given,
+    assert_same_weights,
+    close,
+    draw_by_hand,
+    randomise,
+    take_twenty_steps,
+    tensors,
+)
 
 CASES = {
     "defaults": ({}, {}),
@@ -28,6 +37,7 @@ CASES = {
     "size factor": ({}, {"size_factor": True}),
 }
 KL_WEIGHT, N_PROTEINS = 0.37, 6
+NOT_THE_MODULE_S = {"empirical_protein_background_prior", "adversarial_classifier", "encoder_input", "background_std"}
 
 
 def with_proteins(schema, missing=False):
@@ -60,9 +70,10 @@ def pair(request, totalvae, make_schema, make_batch, dense, monkeypatch):
     if missing and data.get("batches") == 1:
         pytest.skip("a single batch cannot lack what another has")
     schema = with_proteins(make_schema(**data), missing)
-    config = TotalVIConfig(**({"dropout_rate_encoder": 0.0, "dropout_rate_decoder": 0.0, "n_hidden": 32} | options))
+    small = {"dropout_rate_encoder": 0.0, "dropout_rate_decoder": 0.0, "n_hidden": 32, "adversarial_classifier": False}
+    config = TotalVIConfig(**(small | options))
     ours = TotalVI(schema, config)
-    fields = {f: getattr(config, f) for f in TotalVIConfig.__dataclass_fields__}
+    fields = {f: getattr(config, f) for f in TotalVIConfig.__dataclass_fields__.keys() - NOT_THE_MODULE_S}
     theirs = totalvae(
         len(schema.genes),
         N_PROTEINS,
@@ -113,21 +124,9 @@ def test_latent_and_loss(pair, training):
 
 
 def test_gradients_and_twenty_steps_of_adam(pair):
-    pair.theirs.train(), pair.ours.train()
-    options = {"lr": 1e-3, "eps": 0.01, "weight_decay": 1e-6}
-    mine, other = (torch.optim.Adam(m.parameters(), **options) for m in (pair.ours, pair.theirs))
-    for step in range(20):
-        ours, theirs = both_losses(pair, step)
-        for optimizer, loss in ((mine, ours.loss), (other, theirs.loss)):
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
+    ours, theirs = take_twenty_steps(pair, both_losses)
     close(ours.loss, theirs.loss)
-    twin = TotalVI(pair.ours.schema, pair.ours.config)
-    twin.load_state_dict(pair.ours.state_dict())
-    load_totalvi(twin, pair.theirs.state_dict())
-    for (name, a), b in zip(pair.ours.state_dict().items(), twin.state_dict().values(), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4, msg=lambda m, name=name: f"{name}: {m}")
+    assert_same_weights(pair, load_totalvi, rtol=1e-3, atol=1e-4)
 
 
 def test_a_protein_that_a_panel_lacks_has_no_influence(make_schema, make_batch):
@@ -166,3 +165,97 @@ def test_a_query_may_have_another_panel(make_schema, make_batch):
 def test_proteins_are_needed(make_schema):
     with pytest.raises(ConfigError, match="--proteins"):
         TotalVI(make_schema())
+
+
+def adversarial_plan(module):
+    """scvi-tools' own plan around a module, its classifier in eval mode."""
+    from scvi.train import AdversarialTrainingPlan
+
+    plan = AdversarialTrainingPlan(module, adversarial_classifier=True)
+    plan.adversarial_classifier.eval()
+    return plan
+
+
+@pytest.mark.parametrize("batch_norm", [True, False])
+def test_the_adversary_is_scvi_tools(totalvae, batch_norm):
+    plan = adversarial_plan(totalvae(5, 4, n_batch=3, n_latent=6, n_hidden=8, n_panel=3))
+    randomise(plan.adversarial_classifier)
+    ours = Adversary(6, 3, batch_norm=batch_norm)
+    layers = plan.adversarial_classifier.classifier[0].fc_layers
+    with torch.no_grad():
+        for layer, theirs in zip(ours.hidden.layers, layers, strict=True):
+            layer.linear.weight.copy_(theirs[0].weight), layer.linear.bias.copy_(theirs[0].bias)
+            if not batch_norm:
+                theirs[1] = torch.nn.Identity()
+            else:
+                layer.batch_norm.load_state_dict(theirs[1].state_dict(), strict=False)
+        ours.logits.load_state_dict(plan.adversarial_classifier.classifier[1].state_dict())
+    batches = torch.tensor([0, 2, 1, 2, 0])
+    z = torch.randn(5, 6, requires_grad=True)
+    losses = ours.eval().losses(z, batches, None)
+    close(losses.fooled.mean(), plan.loss_adversarial_classifier(z, batches[:, None], predict_true_class=False))
+    close(losses.told.mean(), plan.loss_adversarial_classifier(z, batches[:, None], predict_true_class=True))
+
+    def gradients(loss, wanted):
+        return torch.autograd.grad(loss, wanted, allow_unused=True, retain_graph=True)
+
+    parameters = list(ours.parameters())
+    assert gradients(losses.fooled.mean(), parameters) == (None,) * len(parameters)
+    assert gradients(losses.told.mean(), [z]) == (None,)
+    theirs = plan.loss_adversarial_classifier(z, batches[:, None], predict_true_class=False)
+    close(gradients(losses.fooled.mean(), [z])[0], gradients(theirs, [z])[0])
+    theirs = plan.loss_adversarial_classifier(z.detach(), batches[:, None], predict_true_class=True)
+    last = plan.adversarial_classifier.classifier[1].weight
+    close(gradients(losses.told.mean(), [ours.logits.weight])[0], gradients(theirs, [last])[0])
+
+
+def test_the_adversary_is_there_when_a_panel_lacks_proteins(make_schema, make_batch, rows_of):
+    whole, part = with_proteins(make_schema()), with_proteins(make_schema(), missing=True)
+    assert TotalVI(whole).adversary is None
+    assert TotalVI(whole, TotalVIConfig(adversarial_classifier=True)).adversary is not None
+    assert TotalVI(part, TotalVIConfig(adversarial_classifier=False)).adversary is None
+    assert TotalVI(with_proteins(make_schema(batches=1)), TotalVIConfig(adversarial_classifier=True)).adversary is None
+    model = TotalVI(part, TotalVIConfig(use_batch_norm="none", use_layer_norm="both"))
+    assert not model.couples_cells
+    batch = add_proteins(make_batch(part), part)
+    for weight in (0.3, 1.0):
+        model.zero_grad()
+        losses = model(batch, kl_weight=weight)
+        losses.loss.backward()
+        # at full weight the gradients of the adversary are there and 0: DistributedDataParallel waits for them
+        assert all((p.grad != 0).any() == (weight < 1) for p in model.adversary.parameters())
+        parts = losses.reconstruction + weight * losses.kl + sum(losses.extra.values())
+        close(losses.loss, parts / batch.n_cells)
+    halves = [rows_of(batch, slice(0, 10)), rows_of(batch, slice(10, None))]
+    apart = sum(model(h, kl_weight=0.3).loss * h.n_cells for h in halves) / batch.n_cells
+    close(apart, model(batch, kl_weight=0.3).loss)
+    assert "adversary" not in model.eval()(batch, kl_weight=0.3).extra
+
+
+def test_a_query_has_no_adversary(make_schema):
+    schema = with_proteins(make_schema(), missing=True)
+    model = TotalVI(schema)
+    extended = dataclasses.replace(
+        schema, batch=schema.batch.extended(["new"]), measured=(*schema.measured, (True,) * N_PROTEINS)
+    )
+    query = extend(model, extended)
+    assert query.opponent is None and model.opponent is not None
+    assert set(report(model, query).values()) == {0.0}
+    assert "adversary.logits.weight" in model.state_dict()
+
+
+def test_the_background_s_prior_is_set_where_something_is_known(make_schema):
+    schema = with_proteins(make_schema())
+    model = TotalVI(schema)
+    model.set_background_prior(np.array([1.0, np.nan, 2.0]), np.array([0.5, np.nan, 0.25]))
+    close(model.background_mean.weight[:, 0], torch.tensor([1.0, 3.0, 2.0]))
+    close(model.background_log_std.weight[:, 1], torch.tensor([0.5, 1.0, 0.25]).log())
+    extended = dataclasses.replace(
+        schema, batch=schema.batch.extended(["new"]), measured=(*schema.measured, (True,) * N_PROTEINS)
+    )
+    query = extend(model, extended)
+    query.set_background_prior(np.array([9.0, 9.0, 9.0, 4.0]), np.array([9.0, 9.0, 9.0, 0.1]))
+    close(query.background_mean.new, torch.full((1, N_PROTEINS), 4.0))
+    close(query.background_mean.weight[:, 0], torch.tensor([1.0, 3.0, 2.0]))
+    assert not TotalVI(schema).wants_background  # six proteins
+    assert TotalVI(schema, TotalVIConfig(empirical_protein_background_prior=True)).wants_background

@@ -388,7 +388,7 @@ def formats() -> Iterator[Case]:
         ("30 h5mu", hdf5("mod", "obs", "var"), "is a MuData file"),
         ("30 h5Seurat", hdf5("assays", "meta.data"), "is an h5Seurat file"),
         ("30 other HDF5", hdf5("model_weights"), r"without obs and var \(it holds model_weights\)"),
-        ("30 MuData Zarr", _zarr_of("mod", "obs", "var"), r"is a MuData store.*zarr/mod/rna"),
+        ("30 MuData Zarr", _zarr_of("mod", "obs", "var"), r"is a MuData store without a modality 'rna'.*zarr/mod/NAME"),
         ("30 SpatialData", _zarr_of("tables", "images"), r"is a SpatialData store.*tables/table"),
         ("30 other Zarr", _zarr_of("weights"), "is a Zarr store without obs and var"),
     ):

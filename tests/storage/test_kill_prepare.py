@@ -115,13 +115,13 @@ class Killer:
         setattr(owner, name, save)
 
     def arm(self) -> None:
-        from scviaduct.storage import merge, plan, prepare, spill
+        from scviaduct.storage import manifest, merge, plan, spill
 
         for owner, name in (
             *((os, name) for name in ("replace", "rename", "rmdir")),
             *((plan, name) for name in ("write_facts", "sync_tree")),
             *((merge, name) for name in ("_store", "_bucket", "make_array", "make_group")),
-            *((prepare, name) for name in ("sync_tree", "sync_directory")),
+            *((manifest, name) for name in ("sync_tree", "sync_directory")),
         ):
             self.around(owner, name)
         self.around(shutil, "rmtree")
@@ -230,13 +230,13 @@ def serve(folder: Path) -> dict[str, Any]:
 
 def warm() -> None:
     """Import and compile; no thread may start, and none of the arrays be opened."""
-    from scviaduct.storage import prepare, shuffle  # noqa: F401
+    from scviaduct.storage import genes, prepare, shuffle  # noqa: F401
 
     indptr, columns = np.array([0, 2]), np.array([0, -1], np.int32)
     for data in (np.array([1, 2], np.uint8),):
         for index in (np.uint16,):
             indices = np.array([0, 1], index)
-            shuffle.pick(indptr, indices, data, columns, np.zeros(2, np.int64), indices.copy(), data.copy())
+            genes.pick(indptr, indices, data, columns, np.zeros(1, np.int64), indices.copy(), data.copy())
             shuffle.gather(np.array([0]), indptr, indices, data, indices.copy(), data.copy())
     names = {Path(f"/proc/self/task/{task}/comm").read_text().strip() for task in os.listdir("/proc/self/task")}
     names -= {Path("/proc/self/comm").read_text().strip(), "jemalloc_bg_thd"}  # pyarrow's, which survives a fork

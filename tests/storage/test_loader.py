@@ -79,7 +79,16 @@ def test_every_field_follows_its_cell():
     )
     rows = np.array([5, 3, 60, 3])
     batch = gather([(whole, rows[:2]), (whole, rows[2:])])
-    per_cell = {f.name for f in fields(Batch)} - {"n_genes", "indptr", "indices", "data", "seeds", "lanes"}
+    per_cell = {f.name for f in fields(Batch)} - {
+        "n_genes",
+        "indptr",
+        "indices",
+        "data",
+        "seeds",
+        "lanes",
+        "labelled",
+        "weight",
+    }
     for name in per_cell:
         np.testing.assert_array_equal(getattr(batch, name), getattr(whole, name)[rows])
     np.testing.assert_array_equal(dense(batch), dense(whole)[rows])

@@ -212,7 +212,7 @@ def test_cells_without_any_of_the_genes_leave_nothing_to_train_on(folder: Path) 
         prepare(make_atlas(folder, {"d": data}), genes=["g1"])
 
 
-@pytest.mark.parametrize("where", ["planned", "spill", "write", "_digests", "write_json_atomic", "_publish"])
+@pytest.mark.parametrize("where", ["planned", "spill", "write", "tree_digest", "write_json_atomic", "replace_folder"])
 def test_a_full_disk_is_told_and_the_next_run_goes_on(
     folder: Path, where: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -252,7 +252,7 @@ def test_what_another_run_left_is_not_taken_for_this_one(folder: Path, monkeypat
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(module, "_publish", fail)
+        patch.setattr(module, "replace_folder", fail)
         prepare(atlas, genes="all", seed=0)
     assert (atlas.path / "views/.default.partial/view/view.json").exists()
     assert content(prepare(atlas, genes="all", seed=1)) == expected

@@ -1,0 +1,116 @@
+"""How far a training run is, from the files in its folder alone: works from any machine that sees them."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from scviaduct.errors import UnreadableFileError
+from scviaduct.storage.manifest import read_json
+
+_SILENT = 3.0
+"""A run that has written nothing for this many checkpoint intervals, and epochs, is taken to have stopped."""
+
+State = Literal["finished", "running", "stopped", "refused"]
+
+
+@dataclass(frozen=True)
+class RunStatus:
+    """Where a run stands."""
+
+    run: Path
+    state: State
+    """"stopped": nothing was written for longer than checkpoints and epochs take; `train --resume` goes on."""
+    model: str
+    workers: int
+    attempt: int
+    """Times that it was started."""
+    epoch: int
+    """Epochs done."""
+    max_epochs: int | None
+    step: int
+    """Steps of the current epoch that the newest checkpoint holds."""
+    checkpoint_age: float | None
+    """Seconds since the newest checkpoint; None without one."""
+    silent: float
+    """Seconds since anything was written."""
+    cells_per_second: float | None
+    """Of the last epoch."""
+    seconds_left: float | None
+    """Of all epochs that may come; early stopping may end them sooner."""
+    record: dict[str, float]
+    """The last epoch's numbers."""
+    reason: str = ""
+    """Why it was refused."""
+
+
+def run_status(run: str | Path, *, now: float | None = None) -> RunStatus:
+    """The status of a run folder.
+
+    Raises:
+        UnreadableFileError: there is no run.
+    """
+    folder = Path(run)
+    if not (folder / "run.json").is_file():
+        raise UnreadableFileError(f"{folder} is not the folder of a training run: it has no run.json.")
+    now = time.time() if now is None else now
+    config = read_json(folder / "run.json")["config"]
+    history = _history(folder / "history.jsonl")
+    newest = max((folder / "checkpoints").glob("step-*/state.json"), default=None)
+    at = read_json(newest) if newest else {"epoch": 0, "step": 0, "finished": False}
+    last = history[-1] if history else {}
+    silent = now - _last_written(folder)
+    refused = folder / "refused.json"
+    return RunStatus(
+        run=folder,
+        state=_state(folder, config, last, silent),
+        model=config["model"],
+        workers=config["workers"],
+        attempt=read_json(folder / "attempts.json") if (folder / "attempts.json").exists() else 0,
+        epoch=len(history),
+        max_epochs=config["fit"]["max_epochs"],
+        step=at["step"] if at["epoch"] >= len(history) else 0,
+        checkpoint_age=now - newest.stat().st_mtime if newest else None,
+        silent=silent,
+        cells_per_second=last.get("cells_per_second"),
+        seconds_left=_left(history, config["fit"]["max_epochs"]),
+        record=last,
+        reason=read_json(refused) if refused.exists() else "",
+    )
+
+
+def _history(path: Path) -> list[dict[str, float]]:
+    """Records in the order of the epochs; an epoch that was repeated after a kill counts once, a torn last line not."""
+    records: dict[int, dict[str, float]] = {}
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        records[int(record["epoch"])] = record
+    return [records[epoch] for epoch in sorted(records)]
+
+
+def _last_written(folder: Path) -> float:
+    watched = [folder / "run.json", folder / "history.jsonl", folder / "attempts.json", folder / "reference.partial"]
+    watched += [*(folder / "checkpoints").glob("step-*"), *(folder / "cells").glob("*")]
+    return max(path.stat().st_mtime for path in watched if path.exists())
+
+
+def _state(folder: Path, config: dict[str, Any], last: dict[str, float], silent: float) -> State:
+    if (folder / "bundle" / "model.json").exists():
+        return "finished"
+    if (folder / "refused.json").exists():
+        return "refused"
+    patience = max(60.0, _SILENT * max(float(config["checkpoint_seconds"]), last.get("seconds", 0.0)))
+    return "stopped" if silent > patience else "running"
+
+
+def _left(history: list[dict[str, float]], max_epochs: int | None) -> float | None:
+    if not history or max_epochs is None:
+        return None
+    recent = history[-5:]
+    return (max_epochs - len(history)) * sum(record["seconds"] for record in recent) / len(recent)
