@@ -9,7 +9,7 @@ demo: .venv/.ready            ## the main job, end to end, on simulated studies
 	$(BIN)/scviaduct demo --out demo
 
 test: .venv/.ready-test       ## all tests
-	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadgroup
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 check: .venv/.ready-dev       ## lint, format, types
 	$(BIN)/ruff check .

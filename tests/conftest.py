@@ -22,13 +22,6 @@ settings.register_profile("scviaduct", deadline=None, max_examples=60, derandomi
 settings.load_profile("scviaduct")
 
 
-def pytest_collection_modifyitems(items):
-    """Run by several processes at once, a file's tests stay together, and so do all that share one Ray."""
-    for item in items:
-        folder = item.path.parent.name
-        item.add_marker(pytest.mark.xdist_group(folder if folder == "distributed" else str(item.path)))
-
-
 class S3Server:
     """An S3 server on loopback: the environment that points at it, its requests, and a delay before each answer."""
 

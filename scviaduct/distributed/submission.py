@@ -247,8 +247,8 @@ def _refused(address: str, error: Exception) -> ConfigError:
     return ConfigError(f"No Ray cluster answers at {address}: {said}. Is it the dashboard's port (8265), and is it up?")
 
 
-def _sent(client: JobSubmissionClient, request: Request, *, patience: float = 60.0) -> str:
-    """The job's name. A cluster that has just come up takes jobs only after some seconds."""
+def _sent(client: JobSubmissionClient, request: Request, *, patience: float = 180.0) -> str:
+    """The job's name. A cluster that has just come up takes jobs only after a while, up to a minute on a busy machine."""
     until = time.monotonic() + patience
     while True:
         try:

@@ -74,6 +74,12 @@ def encode_shard(values: NDArray[Any], *, chunk: int, per_shard: int, fill: Any,
     return [*parts, _checked(index.tobytes())]
 
 
+def write_parts(path: Path, parts: list[bytes]) -> None:
+    """Write a file of its parts, which are not joined in memory first."""
+    with path.open("wb") as file:
+        file.writelines(parts)
+
+
 def _checked(content: bytes) -> bytes:
     return content + google_crc32c.value(content).to_bytes(4, "little")
 
@@ -210,8 +216,7 @@ class Growing:
         )
         file = _building(self._path, self.dtype) / "c" / str(self._whole // SHARD)
         file.parent.mkdir(exist_ok=True)
-        with file.open("wb") as stream:
-            stream.writelines(content)
+        write_parts(file, content)
         self._whole, self._n = self._whole + self._n, 0
 
     def _widen(self, dtype: np.dtype) -> None:

@@ -20,7 +20,7 @@ import zarr
 from numpy.typing import NDArray
 
 from scviaduct.errors import IncompleteError
-from scviaduct.storage.arrays import Codec, encode_shard, make_array, make_group
+from scviaduct.storage.arrays import Codec, encode_shard, make_array, make_group, write_parts
 from scviaduct.storage.columns import Column, Tally
 from scviaduct.storage.memory import Allocate, Recycled
 from scviaduct.storage.proteins import Panels
@@ -174,8 +174,7 @@ def _store(shard: Shard, values: NDArray[Any]) -> None:
     fill = array.fill_value
     content = encode_shard(values, chunk=array.chunks[0], per_shard=_per_shard(array), fill=fill, codec=codec)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("wb") as file:
-        file.writelines(content)
+    write_parts(path, content)
 
 
 def _per_shard(array: zarr.Array) -> int:

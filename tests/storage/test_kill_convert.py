@@ -182,12 +182,12 @@ def test_workers_end_with_their_parent_and_another_goes_on(tmp_path: Path) -> No
 
 @contextmanager
 def full_disk(after: int) -> Iterator[None]:
-    """Files can have `after` bytes together: what `write_bytes` and atomic writes add beyond fails as on a full disk."""
+    """Files can have `after` bytes together: what shards and atomic writes add beyond fails as on a full disk."""
     written = [0]
 
     def counted(function: Callable) -> Callable:
-        def call(path: Path, content: bytes) -> object:
-            written[0] += len(content)
+        def call(path: Path, content: bytes | list[bytes]) -> object:
+            written[0] += sum(map(len, content)) if isinstance(content, list) else len(content)
             if written[0] > after:
                 raise OSError(28, "No space left on device", str(path))
             return function(path, content)
@@ -195,7 +195,7 @@ def full_disk(after: int) -> Iterator[None]:
         return call
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Path, "write_bytes", counted(Path.write_bytes))
+        patch.setattr(arrays, "write_parts", counted(arrays.write_parts))
         patch.setattr(checkpoints, "write_atomic", counted(checkpoints.write_atomic))
         yield
 
