@@ -45,9 +45,9 @@ class Case:
 
 
 CASES = {
-    "kang-scvi": Case("scvi", ("rna/kang2018_pbmc_4samples_celltypes.h5ad",), 1000, 150, "sample_id", "cluster_id"),
-    "kang-scanvi": Case("scanvi", ("rna/kang2018_pbmc_4samples_celltypes.h5ad",), 1000, 80, "sample_id", "cluster_id"),
-    "zheng-scvi": Case("scvi", ("rna/pbmc_facs_zheng2017.h5ad",), 1000, 100, None, "celltype"),
+    "kang-scvi": Case("scvi", ("rna/kang2018_pbmc_4samples_celltypes.h5ad",), 1000, 100, "sample_id", "cluster_id"),
+    "kang-scanvi": Case("scanvi", ("rna/kang2018_pbmc_4samples_celltypes.h5ad",), 1000, 40, "sample_id", "cluster_id"),
+    "zheng-scvi": Case("scvi", ("rna/pbmc_facs_zheng2017.h5ad",), 1000, 50, None, "celltype"),
     "scmixology-scvi": Case(
         "scvi", ("rna/scmixology_3celllines_celseq2_dropseq.h5ad",), 2000, 200, "library", "cell_line_demuxlet"
     ),
@@ -55,13 +55,13 @@ CASES = {
         "totalvi",
         ("cite/pbmc_10k_protein_v3_200cells.h5ad", "cite/pbmc_5k_protein_v3_200cells.h5ad"),
         2000,
-        200,
+        100,
         "dataset",
         "cluster",
     ),
-    "multiome-peakvi": Case("peakvi", ("atac/pbmc10k_multiome_bins500_derived.h5ad",), "all", 40, None, "celltype"),
+    "multiome-peakvi": Case("peakvi", ("atac/pbmc10k_multiome_bins500_derived.h5ad",), "all", 15, None, "celltype"),
     "multiome-poissonvi": Case(
-        "poissonvi", ("atac/pbmc10k_multiome_bins500_derived.h5ad",), "all", 40, None, "celltype"
+        "poissonvi", ("atac/pbmc10k_multiome_bins500_derived.h5ad",), "all", 15, None, "celltype"
     ),
 }
 HIDDEN = "hidden_type"
