@@ -4,7 +4,7 @@
     python benchmarks/integration.py DATA --scorer-python SCIB/bin/python [--cases kang-scvi,…] [--seeds 3]
 
 DATA is a folder with the h5ad files named in CASES. SCIB is an environment with scib-metrics, which needs JAX. Both
-train with their own defaults for everything but the number of epochs, on genes that ours chose (seurat_v3 per batch).
+train with their own defaults for everything but the epochs and batches of 128 cells, on genes that ours chose (seurat_v3 per batch).
 Every latent space of a case is scored in one call, raw values, no scaling. Printed are, for each metric, the mean and
 the standard deviation over the seeds of both, and their difference.
 """
@@ -172,7 +172,7 @@ def ours(case: Case, view, cells: ad.AnnData, folder: Path, seed: int) -> np.nda
         batch_key=case.batch_key or "dataset",
         labels_key=HIDDEN if case.model == "scanvi" else None,
         init_from=scvi_first(case, view, folder, seed) if case.model == "scanvi" else None,
-        fit=FitConfig(max_epochs=case.epochs, seed=seed),
+        fit=FitConfig(max_epochs=case.epochs, batch_size=128, seed=seed),
         tracking=TrackingConfig(tracking_uri="none"),
     )
     bundle = train(view.atlas_path, config)
@@ -231,7 +231,7 @@ def theirs(case: Case, cells: ad.AnnData, seed: int) -> np.ndarray:
     if case.model == "scanvi":
         model.train(max_epochs=2 * case.epochs, **quiet)
         model = scvi.model.SCANVI.from_scvi_model(model, unlabeled_category="Unknown", labels_key=HIDDEN)
-    model.train(max_epochs=case.epochs, **quiet)
+    model.train(max_epochs=case.epochs, batch_size=128, **quiet)
     return model.get_latent_representation()
 
 

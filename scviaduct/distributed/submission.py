@@ -259,8 +259,13 @@ def _sent(client: JobSubmissionClient, request: Request, *, patience: float = 18
                 entrypoint_num_cpus=0,
             )
         except (RuntimeError, ValueError, OSError) as error:
-            if "No available agent" not in str(error) or time.monotonic() > until:
+            if "No available agent" not in str(error):
                 raise _refused(client.get_address(), error) from error
+            if time.monotonic() > until:
+                raise ConfigError(
+                    f"{client.get_address()} has no dashboard agent that takes jobs. Another Ray on its head may have the "
+                    "agent's port: start the head with a --dashboard-agent-listen-port of its own."
+                ) from error
         time.sleep(1)
 
 

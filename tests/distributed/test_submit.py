@@ -163,7 +163,8 @@ def cluster(tmp_path_factory):
     command = [
         *("ray", "start", "--head", "--block", f"--port={free_port()}", "--node-ip-address=127.0.0.1"),
         *("--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}", "--num-cpus=2"),
-        "--object-store-memory=200000000",
+        # another Ray on this machine has the agent's usual port, and an agent without one takes no jobs
+        *(f"--dashboard-agent-listen-port={free_port()}", "--object-store-memory=200000000"),
     ]
     head = subprocess.Popen(
         command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
