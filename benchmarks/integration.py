@@ -163,36 +163,29 @@ def clusters(cells: ad.AnnData) -> np.ndarray:
 
 
 def ours(case: Case, view, cells: ad.AnnData, folder: Path, seed: int) -> np.ndarray:
-    from scviaduct.distributed.config import FitConfig, TrackingConfig, TrainConfig
-    from scviaduct.distributed.train import train
-
-    config = TrainConfig(
-        out=folder / f"run{seed}",
-        model=case.model,
-        batch_key=case.batch_key or "dataset",
-        labels_key=HIDDEN if case.model == "scanvi" else None,
-        init_from=scvi_first(case, view, folder, seed) if case.model == "scanvi" else None,
-        fit=FitConfig(max_epochs=case.epochs, batch_size=128, seed=seed),
-        tracking=TrackingConfig(tracking_uri="none"),
-    )
-    bundle = train(view.atlas_path, config)
+    if case.model == "scanvi":  # starts from an SCVI model, as scvi-tools advises
+        first = trained(case, view, folder / f"scvi{seed}", seed, 2 * case.epochs, model="scvi").path
+        bundle = trained(case, view, folder / f"run{seed}", seed, case.epochs, labels_key=HIDDEN, init_from=first)
+    else:
+        bundle = trained(case, view, folder / f"run{seed}", seed, case.epochs)
     latent = np.full((cells.n_obs, bundle.latent().shape[1]), np.nan, np.float32)
     latent[places(view, cells)] = bundle.latent()
     return latent
 
 
-def scvi_first(case: Case, view, folder: Path, seed: int) -> Path:
-    """SCANVI starts from an SCVI model, as scvi-tools advises."""
+def trained(case: Case, view, out: Path, seed: int, epochs: int, model: str | None = None, **options):
     from scviaduct.distributed.config import FitConfig, TrackingConfig, TrainConfig
     from scviaduct.distributed.train import train
 
     config = TrainConfig(
-        out=folder / f"scvi{seed}",
+        out=out,
+        model=model or case.model,
         batch_key=case.batch_key or "dataset",
-        fit=FitConfig(max_epochs=2 * case.epochs, seed=seed),
+        fit=FitConfig(max_epochs=epochs, batch_size=128, seed=seed),
         tracking=TrackingConfig(tracking_uri="none"),
+        **options,
     )
-    return train(view.atlas_path, config).path
+    return train(view.atlas_path, config)
 
 
 def places(view, cells: ad.AnnData) -> np.ndarray:
@@ -229,7 +222,7 @@ def theirs(case: Case, cells: ad.AnnData, seed: int) -> np.ndarray:
         scvi.model.SCVI.setup_anndata(data, batch_key=key)
         model = scvi.model.SCVI(data)
     if case.model == "scanvi":
-        model.train(max_epochs=2 * case.epochs, **quiet)
+        model.train(max_epochs=2 * case.epochs, batch_size=128, **quiet)
         model = scvi.model.SCANVI.from_scvi_model(model, unlabeled_category="Unknown", labels_key=HIDDEN)
     model.train(max_epochs=case.epochs, batch_size=128, **quiet)
     return model.get_latent_representation()

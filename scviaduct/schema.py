@@ -64,6 +64,11 @@ class Schema:
         named = [c.key for c in self.covariates] + ([self.labels.key] if self.labels else [])
         return (*named, *self.continuous, *([self.size_factor] if self.size_factor else []))
 
+    def added(self, to: Schema) -> list[tuple[Covariate, tuple[str, ...]]]:
+        """The covariates of `to` that this schema extends, each with its categories that are new here."""
+        pairs = zip(to.covariates, self.covariates, strict=True)
+        return [(old, mine.categories[len(old) :]) for old, mine in pairs if len(mine) > len(old)]
+
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready dictionary; `from_dict` is its inverse."""
         return json.loads(json.dumps(asdict(self)))

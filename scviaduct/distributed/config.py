@@ -22,6 +22,12 @@ def _positive(record: object, *names: str) -> None:
             raise ConfigError(f"{name} must be above 0, not {value}.")
 
 
+def _not_negative(record: object, name: str) -> None:
+    value = getattr(record, name)
+    if value is not None and value < 0:
+        raise ConfigError(f"{name} must not be negative, not {value}.")
+
+
 @Parameter(name="*")
 @dataclass(frozen=True, kw_only=True)
 class FitConfig:
@@ -176,8 +182,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         _positive(self, "workers", "checkpoint_seconds")
-        if self.gpus_per_worker is not None and self.gpus_per_worker < 0:
-            raise ConfigError(f"gpus_per_worker must not be negative, not {self.gpus_per_worker}.")
+        _not_negative(self, "gpus_per_worker")
         if self.workers > self.fit.n_lanes:
             raise ConfigError(f"{self.workers} workers need --n-lanes {self.workers} or more (now {self.fit.n_lanes}).")
 
@@ -265,8 +270,7 @@ class MapConfig:
 
     def __post_init__(self) -> None:
         _positive(self, "workers", "n_neighbors")
-        if self.gpus_per_worker < 0:
-            raise ConfigError(f"gpus_per_worker must not be negative, not {self.gpus_per_worker}.")
+        _not_negative(self, "gpus_per_worker")
         if not 0 <= self.min_genes <= 1 or not 0 <= self.max_uncertainty <= 1:
             raise ConfigError(
                 f"min_genes and max_uncertainty must lie in [0, 1], not {self.min_genes} and {self.max_uncertainty}."

@@ -15,10 +15,10 @@ from sklearn.metrics import accuracy_score, f1_score
 from scviaduct.distributed.bundle import Bundle
 from scviaduct.distributed.config import FitConfig, MapConfig, SurgeryConfig, TrackingConfig, TrainConfig
 from scviaduct.distributed.figures import before_and_after
-from scviaduct.distributed.files import refuse_existing
 from scviaduct.distributed.map import map
 from scviaduct.distributed.train import train
 from scviaduct.storage.convert import convert
+from scviaduct.storage.manifest import refuse_existing
 from scviaduct.storage.prepare import prepare
 from scviaduct.storage.simulate import write_studies
 

@@ -22,12 +22,12 @@ from scviaduct.distributed.bayes import Hypothesis, is_de
 from scviaduct.distributed.config import Reading
 from scviaduct.distributed.outputs import Decoder, OnProgress, array
 from scviaduct.distributed.population import Population, open_model, open_population, seeds
-from scviaduct.errors import ConfigError, DataError, OutputExistsError, nearest
+from scviaduct.errors import ConfigError, DataError, nearest
 from scviaduct.models.base import Model, Quantity
 from scviaduct.models.counts import Cells
 from scviaduct.models.noise import Noise
 from scviaduct.schema import MISSING, Batch
-from scviaduct.storage.manifest import write_atomic
+from scviaduct.storage.manifest import refuse_existing, write_atomic
 from scviaduct.storage.places import Place
 
 _HARDLY_SEEN = 0.01  # mean count below which a feature serves to estimate pseudocounts
@@ -114,8 +114,8 @@ def _refuse(
         raise ConfigError(f"n_samples={n_samples} must be at least 2; 5000 is usual")
     if batches and not batch_correction:
         raise ConfigError("transform_batch names batches to correct with; add batch_correction, or leave it out")
-    if out is not None and Path(out).exists():
-        raise OutputExistsError(f"{out} exists already; nothing was written. Name another --out, or remove it first.")
+    if out is not None:
+        refuse_existing(Path(out))
 
 
 def _comparable(model: Model) -> str:

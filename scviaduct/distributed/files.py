@@ -8,19 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from scviaduct.errors import OutputExistsError
-from scviaduct.storage.manifest import sync_directory, sync_tree
-
-
-def refuse_existing(path: Path) -> Path:
-    """The path itself.
-
-    Raises:
-        OutputExistsError: something is there already.
-    """
-    if path.exists():
-        raise OutputExistsError(f"{path} exists already; nothing was written. Choose another name or remove it first.")
-    return path
+from scviaduct.storage.manifest import refuse_existing, sync_directory, sync_tree
 
 
 @contextmanager

@@ -11,8 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from scviaduct.distributed.bundle import Bundle
-from scviaduct.distributed.files import refuse_existing
-from scviaduct.distributed.loop import embed
+from scviaduct.distributed.loop import embedded
 from scviaduct.distributed.proof import prove
 from scviaduct.distributed.registry import Registry
 from scviaduct.distributed.saved import read_saved
@@ -21,7 +20,8 @@ from scviaduct.errors import DataError
 from scviaduct.models.base import Model
 from scviaduct.schema import MISSING, Batch, Covariate, Schema
 from scviaduct.storage.columns import DATASET, as_text
-from scviaduct.storage.loader import MemorySource, stream
+from scviaduct.storage.loader import MemorySource
+from scviaduct.storage.manifest import refuse_existing
 from scviaduct.storage.places import local
 from scviaduct.storage.query import Query, read_query
 
@@ -119,12 +119,11 @@ def _read(schema: Schema, file: Path, counts: str) -> Query:
     known = replace(schema, batch=Covariate(DATASET, (file.stem,))) if unnamed else schema
     # what each batch measured is the model's business; here the cells are asked for all proteins
     query = read_query(file, replace(known, measured=()), reuse_batches=True, counts=counts, floor=1.0)
-    for theirs, ours in zip(query.schema.covariates, known.covariates, strict=True):
-        if len(theirs) > len(ours):
-            raise DataError(
-                f"{file}: {ours.key!r} has {len(theirs) - len(ours)} values that the model does not know, e.g. "
-                f"{theirs.categories[-1]!r}; give the cells it was trained on."
-            )
+    for ours, new in query.schema.added(known):
+        raise DataError(
+            f"{file}: {ours.key!r} has {len(new)} values that the model does not know, e.g. {new[-1]!r}; give the "
+            "cells it was trained on."
+        )
     found = query.proteins.matched if query.proteins else 0
     if found < len(schema.proteins):
         raise DataError(
@@ -135,8 +134,7 @@ def _read(schema: Schema, file: Path, counts: str) -> Query:
 
 
 def _embedded(model: Model, query: Query) -> Reference:
-    with stream(MemorySource(query.batch)) as blocks:
-        latent = np.concatenate([z.cpu().numpy() for _, z in embed(model, iter(blocks))])
+    latent = embedded(model, MemorySource(query.batch))
     labels = model.schema.labels
     if labels is None or labels.key not in query.obs:
         return {"latent": latent} | ({} if labels is None else {"labels": np.full(len(latent), MISSING, np.int32)})

@@ -10,7 +10,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from scviaduct.distributed.celllog import CellLog
@@ -23,7 +25,7 @@ from scviaduct.models.base import Model
 from scviaduct.models.training import TrainingPlan
 from scviaduct.schema import MISSING, Batch
 from scviaduct.storage.labelled import LabelledPlan
-from scviaduct.storage.loader import BlockSource
+from scviaduct.storage.loader import BlockSource, stream
 from scviaduct.storage.sampler import Sampler, Split, StratifiedSplit
 
 
@@ -211,6 +213,12 @@ def _judge(
     if plan.reduce_lr_on_plateau and progress.plateau_epochs > plan.lr_patience:
         progress.plateau_epochs = 0
         optimizer.param_groups[0]["lr"] *= plan.lr_factor
+
+
+def embedded(model: Model, source: BlockSource) -> NDArray[np.float32]:
+    """(rows, n_latent) posterior means of all cells of a source."""
+    with stream(source) as blocks:
+        return np.concatenate([z.cpu().numpy() for _, z in embed(model, iter(blocks))])
 
 
 def embed(model: Model, batches: Iterator[Batch]) -> Iterator[tuple[Batch, Tensor]]:

@@ -25,10 +25,9 @@ from scviaduct.distributed.bundle import Bundle, build
 from scviaduct.distributed.cluster import ray_cluster
 from scviaduct.distributed.config import MapConfig
 from scviaduct.distributed.datafacts import tell_data
-from scviaduct.distributed.files import refuse_existing
-from scviaduct.distributed.loop import embed, fit
+from scviaduct.distributed.loop import embedded, fit
 from scviaduct.distributed.nodes import require_resources, require_shared_files
-from scviaduct.distributed.tracking import Tracker, fetch_model, flat
+from scviaduct.distributed.tracking import Tracker, flat, open_bundle
 from scviaduct.distributed.transfer import Neighbours, Transferred
 from scviaduct.distributed.workers import device
 from scviaduct.errors import ConfigError, DataError, ScviaductError
@@ -37,6 +36,7 @@ from scviaduct.models.scanvi import SCANVI
 from scviaduct.models.surgery import extend
 from scviaduct.schema import MISSING
 from scviaduct.storage.loader import MemorySource, stream
+from scviaduct.storage.manifest import refuse_existing
 from scviaduct.storage.places import local
 from scviaduct.storage.query import Query, read_query
 from scviaduct.storage.query_labels import with_labels
@@ -124,7 +124,7 @@ def map(
     """
     config = dataclasses.replace(config, out=refuse_existing(local(config.out, "The results").absolute()))
     paths = _named_once(queries)
-    bundle = Bundle.open(fetch_model(str(model), config.tracking) if str(model).startswith("models:/") else model)
+    bundle = open_bundle(model, config.tracking)
     tracker = Tracker(config.tracking)
     made = _make(config.out)
     try:
@@ -237,8 +237,7 @@ def _map_one(reference: Reference, path: Path, config: MapConfig) -> Mapped:
     source = MemorySource(query.batch)
     tell_data(adapted, source)
     history = fit(adapted, source, config.fit).history if adapted.query_parameters() else []
-    with stream(source) as blocks:
-        latent = np.concatenate([z.cpu().numpy() for _, z in embed(adapted, iter(blocks))])
+    latent = embedded(adapted, source)
     labelled = _transfer(reference, model, latent, config)
     columns = _columns(model, query, latent, labelled, config)
     if isinstance(adapted, SCANVI):

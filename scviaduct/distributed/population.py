@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from scviaduct.distributed.bundle import Bundle
 from scviaduct.distributed.config import Reading, TrackingConfig
-from scviaduct.distributed.tracking import fetch_model
+from scviaduct.distributed.tracking import open_bundle
 from scviaduct.distributed.workers import device
 from scviaduct.errors import ConfigError, DataError, MissingColumnError, nearest
 from scviaduct.models.base import Model
@@ -137,11 +137,9 @@ class _OfFile(Population):
 def open_model(model: str | Path, reading: Reading) -> tuple[Model, Bundle]:
     """A trained model by its run, its bundle or its registered name (models:/name@alias), on this process's device.
 
-    Raises UnreadableFileError, IncompleteError, ConfigError as `Bundle.open` and `fetch_model` do.
+    Raises UnreadableFileError, IncompleteError, ConfigError as `open_bundle` does.
     """
-    registered = str(model).startswith("models:/")
-    tracking = TrackingConfig(tracking_uri=reading.tracking_uri)
-    bundle = Bundle.open(fetch_model(str(model), tracking) if registered else model)
+    bundle = open_bundle(model, TrackingConfig(tracking_uri=reading.tracking_uri))
     return bundle.model().to(device()), bundle
 
 
@@ -191,14 +189,12 @@ def _of_file(path: Path, schema: Schema, reading: Reading) -> Population:
         floor=reading.min_genes,
         proteins=reading.proteins,
     )
-    for old, found in zip(schema.covariates, query.schema.covariates, strict=True):
-        new = found.categories[len(old) :]
-        if new:
-            raise DataError(
-                f"{path}: {len(new)} categories of {old.key!r} are unknown to the model, e.g. {new[0]!r}; it knows "
-                f"{', '.join(map(repr, old.categories[:3]))}{', …' if len(old) > 3 else ''}. Map the file first: "
-                f"scviaduct map MODEL {path.name} --out mapped"
-            )
+    for old, new in query.schema.added(schema):
+        raise DataError(
+            f"{path}: {len(new)} categories of {old.key!r} are unknown to the model, e.g. {new[0]!r}; it knows "
+            f"{', '.join(map(repr, old.categories[:3]))}{', …' if len(old) > 3 else ''}. Map the file first: "
+            f"scviaduct map MODEL {path.name} --out mapped"
+        )
     return _OfFile(query, path)
 
 

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from scviaduct.distributed.bundle import Bundle
 from scviaduct.distributed.config import TrackingConfig
 from scviaduct.errors import ConfigError
 
@@ -153,6 +154,14 @@ def _quiet() -> None:
 def _artifacts(uri: str) -> str | None:
     """Beside a SQLite file lie its artifacts; a server knows its own place."""
     return (Path(uri.removeprefix("sqlite:///")).parent / "mlartifacts").as_uri() if uri.startswith("sqlite:") else None
+
+
+def open_bundle(model: str | Path, config: TrackingConfig) -> Bundle:
+    """The bundle of a model by its path, its run's path, or its registered name (models:/NAME@ALIAS).
+
+    Raises as `Bundle.open` and `fetch_model` do.
+    """
+    return Bundle.open(fetch_model(str(model), config) if str(model).startswith("models:/") else model)
 
 
 def fetch_model(uri: str, config: TrackingConfig) -> Path:

@@ -26,7 +26,6 @@ from scviaduct.distributed.celllog import CellLog
 from scviaduct.distributed.checkpoint import Checkpoints
 from scviaduct.distributed.config import FitConfig, TrainConfig
 from scviaduct.distributed.datafacts import tell_data
-from scviaduct.distributed.files import refuse_existing
 from scviaduct.distributed.follow import Follower
 from scviaduct.distributed.launch import run_on_workers
 from scviaduct.distributed.loop import Hooks, embed, fit, samplers
@@ -39,7 +38,7 @@ from scviaduct.models import model_class
 from scviaduct.models.base import Model
 from scviaduct.schema import Schema
 from scviaduct.storage.loader import BlockSource, stream
-from scviaduct.storage.manifest import read_json, write_json_atomic
+from scviaduct.storage.manifest import read_json, refuse_existing, write_json_atomic
 from scviaduct.storage.places import Place, absolute, local
 from scviaduct.storage.view import View
 

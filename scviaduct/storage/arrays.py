@@ -25,6 +25,10 @@ CHUNK = 2**17
 SHARD = 2**23
 """Values in a shard, one file."""
 METADATA = "zarr.json"
+ROOT = {"encoding-type": "anndata", "encoding-version": "0.1.0"}
+"""Attributes of an AnnData, in Zarr and HDF5 alike."""
+DICT = {"encoding-type": "dict", "encoding-version": "0.1.0"}
+"""Attributes of obsm, layers and uns."""
 
 Codec: TypeAlias = Literal["zstd", "lz4", "none"]
 Attributes: TypeAlias = Mapping[str, Any]

@@ -25,7 +25,7 @@ from scipy.sparse import csr_matrix
 from scviaduct import __version__
 from scviaduct.errors import DataError, IncompleteError
 from scviaduct.storage import arrays
-from scviaduct.storage.arrays import make_array, make_group, open_array
+from scviaduct.storage.arrays import DICT, ROOT, make_array, make_group, open_array
 from scviaduct.storage.audit import Audit
 from scviaduct.storage.checkpoints import Checkpoint
 from scviaduct.storage.csr import CsrWriter, Sums, read_sums
@@ -47,8 +47,6 @@ BLOCK = 2**21
 """Values in a block of cells: larger ones are slower, because fresh memory costs more than the work on it."""
 PAUSE = 30.0
 """What a kill can cost at most; a checkpoint holds up to a shard of each array (30 MB), so more often would be felt."""
-_ROOT = {"encoding-type": "anndata", "encoding-version": "0.1.0"}
-_DICT = {"encoding-type": "dict", "encoding-version": "0.1.0"}
 _COUNTS = "X"
 
 T = TypeVar("T")
@@ -159,7 +157,7 @@ class _Building:
         parts = [_COUNTS, *(f"layers/{name}" for name in self._layers)]
         saved = self._begin(parts)
         if self._layers:
-            make_group(self._path / "layers", _DICT)
+            make_group(self._path / "layers", DICT)
         for part in parts[len(self._done) :]:
             self._write_matrix(part, saved)
             saved = None
@@ -174,7 +172,7 @@ class _Building:
         saved = self._checkpoint.load() if self._path.exists() else None
         if saved is None:
             forget(self._path.parent, self._plan.id)
-            make_group(self._path, _ROOT)
+            make_group(self._path, ROOT)
             return None
         state, _ = saved
         self._audit = Audit(**state["audit"])
@@ -185,7 +183,7 @@ class _Building:
                 shutil.rmtree(entry)
             elif entry not in kept:
                 entry.unlink()
-        make_group(self._path, _ROOT)
+        make_group(self._path, ROOT)
         return saved
 
     def _write_matrix(self, part: str, saved: tuple[dict[str, Any], dict[str, np.ndarray]] | None) -> None:
@@ -238,7 +236,7 @@ class _Building:
                 # Columns are small: one file each. anndata warns of a change of its default unless told.
                 ad.io.write_elem(group, name, value, dataset_kwargs={"shards": None})
             if self._obsm:
-                make_group(self._path / "obsm", _DICT)
+                make_group(self._path / "obsm", DICT)
             for name in self._obsm:
                 if isinstance(self._file.obsm_rows(name, 0, 1), np.ndarray):
                     _write_dense(self._path / "obsm" / name, self._file, name)

@@ -23,18 +23,16 @@ import zarr
 from numpy.typing import NDArray
 from scipy.sparse import csr_matrix
 
-from scviaduct.errors import ConfigError, IncompleteError, OutputExistsError
-from scviaduct.storage.arrays import make_array, make_group, open_array
+from scviaduct.errors import ConfigError, IncompleteError
+from scviaduct.storage.arrays import DICT, ROOT, make_array, make_group, open_array
 from scviaduct.storage.csr import CsrWriter, Sums, read_sums
 from scviaduct.storage.export import Deflated, compare_sums, flush
-from scviaduct.storage.manifest import sync_directory, sync_tree
+from scviaduct.storage.manifest import refuse_existing, sync_directory, sync_tree
 
 _STEP = 2**22  # values of a dense matrix that are written, and read back, at once
 _CHUNK = 2**18  # values of a chunk of it
 _DENSE = {"encoding-type": "array", "encoding-version": "0.2.0"}
 _SPARSE = {"encoding-type": "csr_matrix", "encoding-version": "0.1.0"}
-_ROOT = {"encoding-type": "anndata", "encoding-version": "0.1.0"}
-_DICT = {"encoding-type": "dict", "encoding-version": "0.1.0"}
 
 
 class Rows(Protocol):
@@ -55,9 +53,7 @@ def free_name(out: str | Path) -> Path:
     if out.suffix not in (".h5ad", ".zarr"):
         stem = out.stem or "results"
         raise ConfigError(f"{out}: results are an h5ad or a Zarr store; name it {stem}.h5ad or {stem}.zarr")
-    if out.exists():
-        raise OutputExistsError(f"{out} exists already; nothing was written. Name another --out, or remove it first.")
-    return out
+    return refuse_existing(out)
 
 
 @contextmanager
@@ -89,11 +85,11 @@ def derived(out: str | Path, n_obs: int) -> Iterator[Derived]:
 @contextmanager
 def _opened(path: Path, n_obs: int, *, as_zarr: bool) -> Iterator[Derived]:
     if as_zarr:
-        make_group(path, _ROOT)
+        make_group(path, ROOT)
         yield Derived(zarr.open_group(path, mode="r+", zarr_format=3), path, n_obs)
         return
     with h5py.File(path, "w") as file:
-        file.attrs.update(_ROOT)
+        file.attrs.update(ROOT)
         yield Derived(file, path, n_obs)
 
 
@@ -120,7 +116,7 @@ class Derived:
         """The group that a matrix lies in."""
         parent = name.rpartition("/")[0]
         if parent and parent not in self._root:
-            self._root.create_group(parent).attrs.update(_DICT)
+            self._root.create_group(parent).attrs.update(DICT)
 
     def describe(self, obs: pd.DataFrame, var: pd.DataFrame, uns: Mapping[str, Any]) -> None:
         """Write obs, var and uns; the elements of an AnnData that are missing are empty."""

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from scipy.sparse import csr_matrix, vstack
 
 from scviaduct.errors import ConfigError, IncompleteError, OutputExistsError
+from scviaduct.storage.arrays import ROOT
 from scviaduct.storage.atlas import Atlas
 from scviaduct.storage.csr import Sums
 from scviaduct.storage.genes import Join
@@ -129,7 +130,7 @@ def export(
 def _write(path: Path, chosen: Selection, report: Progress) -> None:
     """The whole file, and a look at what it holds."""
     with h5py.File(path, "w") as file, ThreadPoolExecutor(cores(), thread_name_prefix="export") as pool:
-        file.attrs.update({"encoding-type": "anndata", "encoding-version": "0.1.0"})
+        file.attrs.update(ROOT)
         written = {"X": _write_matrix(file.create_group("X"), chosen, chosen.counts, np.float32, pool, report)}
         empty: dict[str, Any] = {"layers": {}, "varm": {}, "obsp": {}, "varp": {}, "uns": {}}
         with ad.settings.override(allow_write_nullable_strings=True):

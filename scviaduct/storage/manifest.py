@@ -11,7 +11,7 @@ from concurrent.futures import Executor
 from pathlib import Path
 from typing import Any, cast
 
-from scviaduct.errors import IncompleteError
+from scviaduct.errors import IncompleteError, OutputExistsError
 from scviaduct.storage.places import Place, file_sizes
 
 FORMAT = 2
@@ -74,6 +74,17 @@ def sync_tree(path: Path) -> None:
     for directory, _, names in os.walk(path):
         for name in [*names, ""]:
             sync_file(Path(directory, name))
+
+
+def refuse_existing(path: Path) -> Path:
+    """The path itself.
+
+    Raises:
+        OutputExistsError: something is there already.
+    """
+    if path.exists():
+        raise OutputExistsError(f"{path} exists already; nothing was written. Choose another name or remove it first.")
+    return path
 
 
 def replace_folder(made: Path, final: Path) -> None:

@@ -18,10 +18,11 @@ import pandas as pd
 from anndata.io import read_elem, write_elem
 from numpy.typing import NDArray
 
-from scviaduct.errors import DataError, IncompleteError, OutputExistsError, UnreadableFileError
+from scviaduct.errors import DataError, IncompleteError, UnreadableFileError
+from scviaduct.storage.arrays import ROOT
 from scviaduct.storage.formats import open_layout
 from scviaduct.storage.layouts import H5AD, Layout, close
-from scviaduct.storage.manifest import sync_directory
+from scviaduct.storage.manifest import refuse_existing, sync_directory
 
 Values: TypeAlias = NDArray[Any] | pd.Categorical
 
@@ -42,8 +43,7 @@ def write_result(
     the user's own data, UnreadableFileError when `source` cannot be read.
     """
     source, out = Path(source), Path(out)
-    if out.exists():
-        raise OutputExistsError(f"{out} exists already; choose another name or remove it.")
+    refuse_existing(out)
     temporary = out.with_name(f".{out.name}.{os.getpid()}.partial")
     try:
         _begin(source, temporary)
@@ -73,7 +73,7 @@ def _write_obs(layout: Layout, path: Path) -> None:
     """An h5ad with the cells of a file and no genes."""
     obs = layout.obs(layout.matrices()[0])
     with h5py.File(path, "w") as file, ad.settings.override(allow_write_nullable_strings=True):
-        file.attrs.update({"encoding-type": "anndata", "encoding-version": "0.1.0"})
+        file.attrs.update(ROOT)
         write_elem(file, "obs", obs)
         write_elem(file, "var", pd.DataFrame(index=pd.Index([], dtype=object)))
 
@@ -88,8 +88,7 @@ def _opened(path: Path, source: Path, mode: str) -> h5py.File:
 def _publish(temporary: Path, out: Path) -> None:
     with temporary.open("rb") as file:
         os.fsync(file.fileno())
-    if out.exists():  # made by somebody else in the meantime
-        raise OutputExistsError(f"{out} exists already; choose another name or remove it.")
+    refuse_existing(out)  # somebody else may have made it in the meantime
     temporary.rename(out)
     sync_directory(out.parent)
 

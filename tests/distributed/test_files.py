@@ -1,7 +1,8 @@
 import pytest
 
-from scviaduct.distributed.files import refuse_existing, whole_folder
+from scviaduct.distributed.files import whole_folder
 from scviaduct.errors import OutputExistsError
+from scviaduct.storage.manifest import refuse_existing
 
 
 def test_a_folder_appears_whole_or_not_at_all(tmp_path):

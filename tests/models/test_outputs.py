@@ -20,9 +20,9 @@ from scviaduct.models.scanvi import SCANVI, SCANVIConfig
 from scviaduct.models.scvi import SCVI, SCVIConfig
 from scviaduct.models.totalvi import TotalVI, TotalVIConfig
 from scviaduct.models.trvae import TRVAE, TRVAEConfig
-from scviaduct.models.upstream import load_totalvi, load_upstream
+from scviaduct.models.upstream import load_upstream
 from tests.models.test_parity import Given, close, draw_by_hand, randomise, tensors
-from tests.models.test_totalvi import N_PROTEINS, add_proteins, with_proteins
+from tests.models.test_totalvi import N_PROTEINS, add_proteins, paired, with_proteins
 
 CASES = {
     "zinb": ({}, {}),
@@ -121,13 +121,7 @@ def total(request, modules, make_schema, make_batch, dense, monkeypatch):
         n_panel=len(schema.batch),
         protein_batch_mask={str(b): np.array(row) for b, row in enumerate(schema.measured)},
     ).eval()
-    randomise(theirs)
-    for name in ("background_pro_alpha", "background_pro_log_beta", "log_per_batch_efficiency"):
-        torch.nn.init.normal_(getattr(theirs, name), std=0.5)
-    load_totalvi(ours, theirs.state_dict())
-    batch = add_proteins(make_batch(schema), schema)
-    given = tensors(batch, dense(batch)) | {"proteins": torch.from_numpy(batch.proteins)}
-    return SimpleNamespace(ours=ours, theirs=theirs, batch=batch, tensors=given, patch=monkeypatch)
+    return paired(ours, theirs, add_proteins(make_batch(schema), schema), dense, monkeypatch)
 
 
 def test_denoised_proteins_and_their_foreground(total):

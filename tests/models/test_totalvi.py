@@ -56,6 +56,16 @@ def add_proteins(batch: Batch, schema, seed=3) -> Batch:
     return dataclasses.replace(batch, proteins=y * measured)
 
 
+def paired(ours, theirs, batch, dense, monkeypatch):
+    """Ours with the weights of scvi-tools' module, which are made random, and a batch for both."""
+    randomise(theirs)
+    for name in ("background_pro_alpha", "background_pro_log_beta", "log_per_batch_efficiency"):
+        torch.nn.init.normal_(getattr(theirs, name), std=0.5)
+    load_totalvi(ours, theirs.state_dict())
+    given = tensors(batch, dense(batch)) | {"proteins": torch.from_numpy(batch.proteins)}
+    return SimpleNamespace(ours=ours, theirs=theirs, batch=batch, tensors=given, patch=monkeypatch)
+
+
 @pytest.fixture(scope="module")
 def totalvae():
     with warnings.catch_warnings():
@@ -85,13 +95,7 @@ def pair(request, totalvae, make_schema, make_batch, dense, monkeypatch):
         protein_batch_mask={str(b): np.array(row) for b, row in enumerate(schema.measured)},
         **fields,
     )
-    randomise(theirs)
-    for name in ("background_pro_alpha", "background_pro_log_beta", "log_per_batch_efficiency"):
-        torch.nn.init.normal_(getattr(theirs, name), std=0.5)
-    load_totalvi(ours, theirs.state_dict())
-    batch = add_proteins(make_batch(schema), schema)
-    given = tensors(batch, dense(batch)) | {"proteins": torch.from_numpy(batch.proteins)}
-    return SimpleNamespace(ours=ours, theirs=theirs, batch=batch, tensors=given, patch=monkeypatch)
+    return paired(ours, theirs, add_proteins(make_batch(schema), schema), dense, monkeypatch)
 
 
 def both_losses(pair, step=0):
