@@ -84,7 +84,7 @@ def epoch_seconds(folder: Path, which: str, batch: int, epochs: int, seed: int) 
         address="auto" if which == "ray 1" else None,
         fit=FitConfig(max_epochs=epochs, batch_size=batch, validation_size=0.0, threads=1, seed=seed),
         tracking=TrackingConfig(tracking_uri="none"),
-        checkpoint_seconds=3600,
+        checkpoint_every="1h",
     )
     torch.set_num_threads(1)
     history = train(folder / "atlas.zarr", config).facts["training"]["history"]

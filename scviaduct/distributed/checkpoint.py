@@ -3,23 +3,26 @@
 checkpoints/step-000001200/model.safetensors      every tensor of the model
                            optimizer.safetensors  Adam's moments
                            best.safetensors       the best epoch's weights, under early stopping
-                           state.json             position, history, counters
+                           state.json             position, history, counters; written last
 """
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, load_file, save_file
 from torch import Tensor, nn
 
-from scviaduct.distributed.files import whole_folder
+from scviaduct.distributed.files import remove_folder, whole_folder
 from scviaduct.storage.manifest import read_json, write_json_atomic
+from scviaduct.storage.places import Place
 
 _PLAIN = ("epoch", "step", "history", "best", "best_epoch", "plateau_epochs", "finished")
+_STATE = "state.json"
+Tensors = dict[str, Tensor]
 
 
 def _no_sums() -> Tensor:
@@ -43,7 +46,7 @@ class Progress:
     plateau_epochs: int = 0
     """Epochs without improvement since the learning rate changed."""
     finished: bool = False
-    best_weights: dict[str, Tensor] = field(default_factory=dict)
+    best_weights: Tensors = field(default_factory=dict)
     """Weights of the best epoch, under early stopping."""
 
     def close_epoch(self, record: dict[str, float]) -> None:
@@ -51,75 +54,114 @@ class Progress:
         self.history.append(record)
         self.epoch, self.step, self.sums = self.epoch + 1, 0, _no_sums()
 
+    @property
+    def improved(self) -> bool:
+        """Whether it stands at the end of the best epoch so far."""
+        return self.step == 0 and 0 <= self.best_epoch == self.epoch - 1
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What one holds, in memory of its own."""
+
+    model: Tensors
+    optimizer: Tensors
+    best: Tensors
+    state: dict[str, Any]
+    """The content of state.json."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensors."""
+        return sum(t.nbytes for part in (self.model, self.optimizer, self.best) for t in part.values())
+
+
+def state_of(optimizer: torch.optim.Optimizer, progress: Progress, sums: Tensor, position: int) -> dict[str, Any]:
+    """What state.json holds after `position` global steps; `sums` are those of all ranks."""
+    plain = {name: getattr(progress, name) for name in _PLAIN} | {"history": list(progress.history)}
+    lr = optimizer.param_groups[0]["lr"]
+    return plain | {"sums": sums.tolist(), "lr": lr, "position": position, "best_so_far": progress.improved}
+
 
 @dataclass(frozen=True)
 class Checkpoints:
-    """The checkpoints of one run, of which the newest are kept."""
+    """The checkpoints of one run, in a folder or under the address of an object store."""
 
-    folder: Path
-    seconds: float = 60.0
-    """Time between two of them."""
-    keep: int = 2
+    folder: Place
 
-    def names(self) -> list[Path]:
-        """Whole checkpoints, oldest first; a folder takes its name only when it is whole."""
-        return sorted(self.folder.glob("step-*"))
+    def names(self) -> list[Place]:
+        """Whole checkpoints, oldest first; one without its state.json was not written to the end."""
+        return sorted((state.parent for state in self.folder.glob(f"step-*/{_STATE}")), key=lambda place: place.name)
 
-    def save(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer, progress: Progress, sums: Tensor, position: int
-    ) -> None:
-        """Write the state after `position` global steps; `sums` are those of all ranks. Older checkpoints go."""
-        final = self.folder / f"step-{position:09d}"
-        if final.exists():  # left by an attempt that was killed right after
-            shutil.rmtree(final)
-        with whole_folder(final) as temporary:
-            _write(model.state_dict(), temporary / "model.safetensors")
-            _write(_optimizer_tensors(optimizer), temporary / "optimizer.safetensors")
-            if progress.best_weights:
-                _write(progress.best_weights, temporary / "best.safetensors")
-            plain = {name: getattr(progress, name) for name in _PLAIN}
-            lr = optimizer.param_groups[0]["lr"]
-            write_json_atomic(temporary / "state.json", plain | {"sums": sums.tolist(), "lr": lr, "position": position})
-        for old in self.names()[: -self.keep]:
-            shutil.rmtree(old)
+    def newest(self) -> int:
+        """Global steps that the newest one holds; 0 without any."""
+        names = self.names()
+        return _position(names[-1]) if names else 0
+
+    def write(self, checkpoint: Checkpoint, keep: int) -> None:
+        """Write one; of the others the `keep` newest remain, and the last that stood at the end of a best epoch."""
+        final = self.folder / f"step-{checkpoint.state['position']:09d}"
+        remove_folder(final, marker=_STATE)  # left by an attempt that was killed right after
+        with whole_folder(final, marker=_STATE) as temporary:
+            save_file(checkpoint.model, temporary / "model.safetensors")
+            save_file(checkpoint.optimizer, temporary / "optimizer.safetensors")
+            if checkpoint.best:
+                save_file(checkpoint.best, temporary / "best.safetensors")
+            write_json_atomic(temporary / _STATE, checkpoint.state)
+        names = self.names()
+        best = next((n for n in reversed(names) if read_json(n / _STATE)["best_so_far"]), None)
+        for name in names[:-keep]:
+            if name != best:
+                remove_folder(name, marker=_STATE)
+
+    def remove_unfinished(self) -> None:
+        """Remove what a writer left that was killed; there must be none at work."""
+        whole = {name.name for name in self.names()}
+        for left in [*self.folder.glob(".step-*.tmp"), *self.folder.glob("step-*")]:
+            if left.name not in whole:
+                remove_folder(left, marker=_STATE)
 
     def finished(self, model: nn.Module) -> Progress:
         """Load a finished run's weights, under early stopping those of the best epoch, into the model."""
-        progress = self.restore(model, torch.optim.Adam(model.parameters()), rank=0)
+        progress = self.restore(model, torch.optim.Adam(model.parameters()), self.newest(), rank=0)
         if progress.best_weights:
             model.load_state_dict(progress.best_weights)
         return progress
 
-    def restore(self, model: nn.Module, optimizer: torch.optim.Optimizer, rank: int) -> Progress:
-        """Load the newest checkpoint into the model and the optimizer; a fresh Progress when there is none."""
-        if not self.names():
+    def restore(self, model: nn.Module, optimizer: torch.optim.Optimizer, position: int, rank: int) -> Progress:
+        """Load the checkpoint after `position` steps into the model and the optimizer; position 0 is a fresh start."""
+        if not position:
             return Progress()
-        newest = self.names()[-1]
-        state = read_json(newest / "state.json")
-        model.load_state_dict(load_file(newest / "model.safetensors"))
-        _restore_optimizer(optimizer, load_file(newest / "optimizer.safetensors"))
+        folder = self.folder / f"step-{position:09d}"
+        state = read_json(folder / _STATE)
+        model.load_state_dict(_tensors(folder / "model.safetensors"))
+        _restore_optimizer(optimizer, _tensors(folder / "optimizer.safetensors"))
         optimizer.param_groups[0]["lr"] = state["lr"]
-        best = newest / "best.safetensors"
+        best = folder / "best.safetensors"
         return Progress(
             **{name: state[name] for name in _PLAIN},
             # the saved sums are everybody's: one rank carries them on, the others start at zero
             sums=torch.tensor(state["sums"], dtype=torch.float64) if rank == 0 else _no_sums(),
-            best_weights=load_file(best) if best.exists() else {},
+            best_weights=_tensors(best) if best.exists() else {},
         )
 
 
-def _write(tensors: dict[str, Tensor], path: Path) -> None:
-    # clone: safetensors refuses tensors that share memory
-    save_file({name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}, path)
+def _position(folder: Place) -> int:
+    return int(folder.name.removeprefix("step-"))
 
 
-def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+def _tensors(file: Place) -> Tensors:
+    return load_file(file) if isinstance(file, Path) else load(file.read_bytes())
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> Tensors:
+    """What the optimizer remembers of each parameter, by number of the parameter and name."""
     state = optimizer.state_dict()["state"]
     return {f"{index}.{name}": value for index, slot in state.items() for name, value in slot.items()}
 
 
-def _restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    state: dict[int, dict[str, Tensor]] = {}
+def _restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Tensors) -> None:
+    state: dict[int, Tensors] = {}
     for key, value in tensors.items():
         index, name = key.split(".", 1)
         state.setdefault(int(index), {})[name] = value

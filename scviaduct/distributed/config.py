@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, Self
 
 from cyclopts import Parameter
 
+from scviaduct.distributed.cadence import Every
 from scviaduct.errors import ConfigError
 from scviaduct.models.training import Monitor, Optimizer, TrainingPlan
 
@@ -167,8 +168,10 @@ class TrainConfig:
     """GPUs of each worker under Ray. Default: one, where the cluster has one for each."""
     resume: bool = False
     """Continue the run in `out` from its newest checkpoint; the number of workers may differ."""
-    checkpoint_seconds: float = 60.0
-    """Seconds between checkpoints: what a kill can cost at most."""
+    checkpoint_every: str = "1min"
+    """Time or steps between checkpoints: 30s, 5min, 2h or 500steps. What a kill can cost at most."""
+    keep_checkpoints: int = 2
+    """Newest checkpoints to keep; the last one at the end of a best epoch stays besides."""
     max_failures: int = 3
     """Lost workers to recover from before giving up."""
     log_cells: bool = False
@@ -181,7 +184,8 @@ class TrainConfig:
     """Where MLflow keeps the record."""
 
     def __post_init__(self) -> None:
-        _positive(self, "workers", "checkpoint_seconds")
+        _positive(self, "workers", "keep_checkpoints")
+        Every.parse(self.checkpoint_every)
         _not_negative(self, "gpus_per_worker")
         if self.workers > self.fit.n_lanes:
             raise ConfigError(f"{self.workers} workers need --n-lanes {self.workers} or more (now {self.fit.n_lanes}).")

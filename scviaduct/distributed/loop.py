@@ -16,9 +16,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from scviaduct.distributed.celllog import CellLog
-from scviaduct.distributed.checkpoint import Checkpoints, Progress
+from scviaduct.distributed.checkpoint import Progress
 from scviaduct.distributed.config import FitConfig
 from scviaduct.distributed.gradients import backward, evaluate
+from scviaduct.distributed.saver import Saver
 from scviaduct.distributed.workers import Workers
 from scviaduct.errors import ConfigError, DataError
 from scviaduct.models.base import Model
@@ -33,7 +34,7 @@ from scviaduct.storage.sampler import Sampler, Split, StratifiedSplit
 class Hooks:
     """Where a run leaves its traces; the default leaves none (surgery in memory)."""
 
-    checkpoints: Checkpoints | None = None
+    saver: Saver | None = None
     cells: CellLog | None = None
     on_epoch: Callable[[dict[str, float]], None] = lambda record: None
 
@@ -55,10 +56,10 @@ def fit(
     plan = config.plan(model.plan, source.n_rows)
     train, held_out = samplers(model, source, config, workers)
     optimizer = optimizer_of(model, plan)
-    progress = hooks.checkpoints.restore(model, optimizer, workers.rank) if hooks.checkpoints else Progress()
+    progress = _restored(hooks, model, optimizer, workers)
     net = workers.wrap(model, deterministic=config.deterministic)  # [2] backward averages gradients over the workers
     loader = workers.loader(source, train, model.device, labelled(model, source, train))  # [3] my lanes only
-    saved, epochs = time.monotonic(), plan.max_epochs or 1
+    epochs = plan.max_epochs or 1
 
     while progress.epoch < epochs and not progress.finished:
         model.train()
@@ -78,9 +79,8 @@ def fit(
                     hooks.cells.write(progress.epoch, progress.step, batch.rows)
                 progress.sums += sums
                 progress.step += 1
-                if progress.step < train.steps and _due(hooks, saved, progress.step, workers):
+                if progress.step < train.steps and _due(hooks, progress, train, workers):
                     _save(hooks, model, optimizer, progress, train, workers)  # [4] sums are everybody's, rank 0 writes
-                    saved = time.monotonic()
 
         seconds = time.perf_counter() - watch
         record = _means(workers.total(progress.sums), "_train") | {"kl_weight": kl_weight, "lr": _lr(optimizer)}
@@ -95,9 +95,8 @@ def fit(
         if workers.rank == 0:
             hooks.on_epoch(record)
         progress.finished |= progress.epoch >= epochs
-        if progress.finished or _due(hooks, saved, 0, workers):
+        if progress.finished or _due(hooks, progress, train, workers):
             _save(hooks, model, optimizer, progress, train, workers)
-            saved = time.monotonic()
 
     if progress.best_weights:
         model.load_state_dict(progress.best_weights)
@@ -175,24 +174,34 @@ def _require_finite(sums: Tensor, progress: Progress, batch: Batch) -> None:
         )
 
 
-def _due(hooks: Hooks, saved: float, step: int, workers: Workers) -> bool:
-    """Whether rank 0's clock says that a checkpoint is due; asked every 16 steps, as the answer is a collective."""
-    if not hooks.checkpoints or step % 16:
+def _restored(hooks: Hooks, model: Model, optimizer: torch.optim.Optimizer, workers: Workers) -> Progress:
+    """Go on at the checkpoint that rank 0 finds: others may see a file system that is shared a moment later."""
+    if not hooks.saver:
+        return Progress()
+    newest = workers.total(torch.tensor([hooks.saver.store.newest() if workers.rank == 0 else 0]))
+    return hooks.saver.restored(model, optimizer, int(newest), workers.rank)
+
+
+def _due(hooks: Hooks, progress: Progress, train: Sampler, workers: Workers) -> bool:
+    """Whether rank 0 says that a checkpoint is due. Raises what the writing of the one before ran into."""
+    if not hooks.saver:
         return False
-    mine = time.monotonic() - saved >= hooks.checkpoints.seconds
-    return bool(workers.total(torch.tensor([float(mine and workers.rank == 0)])) > 0)
+    hooks.saver.check()
+    position = progress.epoch * train.steps + progress.step
+    if not hooks.saver.asked(position, epoch_ends=progress.step == 0):
+        return False
+    mine = workers.rank == 0 and hooks.saver.due(position, improved=progress.improved)
+    return bool(workers.total(torch.tensor([float(mine)])) > 0)
 
 
 def _save(
     hooks: Hooks, model: Model, optimizer: torch.optim.Optimizer, progress: Progress, train: Sampler, workers: Workers
 ) -> None:
-    if not hooks.checkpoints:
+    if not hooks.saver:
         return
     sums = workers.total(progress.sums.clone())
     if workers.rank == 0:
-        position = progress.epoch * train.steps + progress.step
-        hooks.checkpoints.save(model, optimizer, progress, sums, position)
-    workers.barrier()
+        hooks.saver.save(model, optimizer, progress, sums, progress.epoch * train.steps + progress.step)
 
 
 def _judge(

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from scviaduct.distributed.cadence import Every
 from scviaduct.errors import UnreadableFileError
 from scviaduct.storage.manifest import read_json
 
@@ -105,7 +106,8 @@ def _state(folder: Path, config: dict[str, Any], last: dict[str, float], silent:
         return "finished"
     if (folder / "refused.json").exists():
         return "refused"
-    patience = max(60.0, _SILENT * max(float(config["checkpoint_seconds"]), last.get("seconds", 0.0)))
+    interval = Every.parse(config["checkpoint_every"]).seconds or 0.0
+    patience = max(60.0, _SILENT * max(interval, last.get("seconds", 0.0)))
     return "stopped" if silent > patience else "running"
 
 

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 
 from scviaduct.distributed.bundle import Bundle
+from scviaduct.distributed.cadence import Every
 from scviaduct.distributed.celllog import CellLog
 from scviaduct.distributed.checkpoint import Checkpoints
 from scviaduct.distributed.config import FitConfig, TrainConfig
@@ -30,6 +31,7 @@ from scviaduct.distributed.follow import Follower
 from scviaduct.distributed.launch import run_on_workers
 from scviaduct.distributed.loop import Hooks, embed, fit, samplers
 from scviaduct.distributed.options import model_config
+from scviaduct.distributed.saver import Saver
 from scviaduct.distributed.start import options_of, start_from
 from scviaduct.distributed.tracking import Tracker, flat
 from scviaduct.distributed.workers import Workers, device
@@ -47,7 +49,7 @@ Options = TypeVar("Options", TrainConfig, FitConfig)
 
 _FREE_ON_RESUME = {
     *("out", "workers", "address", "gpus_per_worker", "resume"),
-    *("checkpoint_seconds", "max_failures", "tracking", "log_cells"),
+    *("checkpoint_every", "keep_checkpoints", "max_failures", "tracking", "log_cells"),
 }
 
 
@@ -136,12 +138,14 @@ def work(job: Job) -> None:
         start_from(model, Bundle.open(config.init_from))
     tell_data(model, source)
     attempt = _next_attempt(job.out, workers)
-    hooks = Hooks(
-        checkpoints=Checkpoints(job.out / "checkpoints", config.checkpoint_seconds),
-        cells=CellLog(job.out / "cells", workers.rank, attempt) if config.log_cells else None,
-        on_epoch=lambda record: _append(job.out / "history.jsonl", record),
-    )
-    fit(model, source, config.fit, workers, hooks)
+    store, every = Checkpoints(job.out / "checkpoints"), Every.parse(config.checkpoint_every)
+    with Saver(store, every, config.keep_checkpoints) as saver:
+        hooks = Hooks(
+            saver=saver,
+            cells=CellLog(job.out / "cells", workers.rank, attempt) if config.log_cells else None,
+            on_epoch=lambda record: _append(job.out / "history.jsonl", record),
+        )
+        fit(model, source, config.fit, workers, hooks)
     _embed_reference(model, source, job, workers)
 
 

@@ -9,11 +9,12 @@ import os
 import shutil
 from concurrent.futures import Executor
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 from scviaduct.errors import IncompleteError, OutputExistsError
-from scviaduct.storage.places import Place, file_sizes
+from scviaduct.storage.places import Place, exists, file_sizes
 
+P = TypeVar("P", Path, Place)
 FORMAT = 2
 """Version of the layout of an atlas on disk."""
 ATLAS_MARKER = "atlas.json"
@@ -76,13 +77,13 @@ def sync_tree(path: Path) -> None:
             sync_file(Path(directory, name))
 
 
-def refuse_existing(path: Path) -> Path:
+def refuse_existing(path: P) -> P:
     """The path itself.
 
     Raises:
         OutputExistsError: something is there already.
     """
-    if path.exists():
+    if exists(path):
         raise OutputExistsError(f"{path} exists already; nothing was written. Choose another name or remove it first.")
     return path
 

@@ -5,10 +5,12 @@ import pytest
 import torch
 
 from scviaduct.distributed import workers as workers_module
+from scviaduct.distributed.cadence import Every
 from scviaduct.distributed.checkpoint import Checkpoints
 from scviaduct.distributed.config import FitConfig
 from scviaduct.distributed.gradients import backward, lanes
 from scviaduct.distributed.loop import Hooks, fit
+from scviaduct.distributed.saver import Saver
 from scviaduct.distributed.workers import Workers
 from scviaduct.errors import ConfigError, DataError
 from scviaduct.models.counts import Counts
@@ -73,6 +75,11 @@ def test_the_same_seed_gives_the_same_bits_and_another_does_not():
     assert same(weights(nets[0]), weights(nets[1])) and not same(weights(nets[0]), weights(nets[2]))
 
 
+def saving(folder):
+    """Due at every sixteenth step."""
+    return Saver(Checkpoints(folder), Every(seconds=0.0))
+
+
 class Killed(Exception):
     pass
 
@@ -95,12 +102,12 @@ def test_stopped_and_resumed_equals_never_stopped(tmp_path, deterministic):
     options = PRESETS["scarches"]
     undisturbed = model(**options)
     want = fit(undisturbed, cells(), config)
-    store = Checkpoints(tmp_path, seconds=0.0)  # due at every sixteenth step
     for seed, steps in enumerate((20, 7, 30)):  # later attempts start from other weights: the checkpoint decides
-        with pytest.raises(Killed):
-            fit(model(seed, **options), cells(), config, hooks=Hooks(checkpoints=store, cells=KillAfter(steps)))
+        with pytest.raises(Killed), saving(tmp_path) as saver:
+            fit(model(seed, **options), cells(), config, hooks=Hooks(saver=saver, cells=KillAfter(steps)))
     resumed = model(9, **options)
-    got = fit(resumed, cells(), config, hooks=Hooks(checkpoints=store))
+    with saving(tmp_path) as saver:
+        got = fit(resumed, cells(), config, hooks=Hooks(saver=saver))
     assert same(weights(resumed), weights(undisturbed))
     assert [r["elbo_train"] for r in got.history] == pytest.approx([r["elbo_train"] for r in want.history], rel=1e-12)
 
@@ -248,11 +255,11 @@ def test_a_stopped_scanvi_goes_on_with_the_labelled_cells_that_were_next(tmp_pat
     config = replace(FIT, batch_size=8, max_epochs=2)
     undisturbed = scanvi(**options)
     fit(undisturbed, partly_labelled(), config)
-    store = Checkpoints(tmp_path, seconds=0.0)
-    with pytest.raises(Killed):
-        fit(scanvi(**options), partly_labelled(), config, hooks=Hooks(checkpoints=store, cells=KillAfter(20)))
+    with pytest.raises(Killed), saving(tmp_path) as saver:
+        fit(scanvi(**options), partly_labelled(), config, hooks=Hooks(saver=saver, cells=KillAfter(20)))
     resumed = scanvi(9, **options)
-    fit(resumed, partly_labelled(), config, hooks=Hooks(checkpoints=store))
+    with saving(tmp_path) as saver:
+        fit(resumed, partly_labelled(), config, hooks=Hooks(saver=saver))
     assert same(weights(resumed), weights(undisturbed))
 
 

@@ -174,7 +174,7 @@ def command(atlas, config, **flags):
         "tracking-uri": "none",
         "n-epochs-kl-warmup": 100,
         "lr": config.fit.lr,
-        "checkpoint-seconds": 0.01,
+        "checkpoint-every": "0.01s",
     }
     words = [str(w) for k, v in {**options, **flags}.items() for w in ([f"--{k}", v] if v is not True else [f"--{k}"])]
     words += [w for option in config.set for w in ("--set", option)]
@@ -223,7 +223,7 @@ def test_two_workers_equal_one_and_survive_a_kill(atlas, config, tmp_path, ray_c
     view = View.open(atlas)
     options = {"deterministic": True, "max_epochs": 4, "batch_size": 16, "log_cells": True}
     one = train(atlas, config(tmp_path / "one", **options))
-    made = config(tmp_path / "two", workers=2, checkpoint_seconds=0.01, **options)
+    made = config(tmp_path / "two", workers=2, checkpoint_every="0.01s", **options)
     killed = []
 
     def kill():
