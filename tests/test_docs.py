@@ -16,7 +16,7 @@ FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 NOT_RUN = re.compile(r"<!-- not run: .+ -->\n$")
 VERBS = [name for name in app if not name.startswith("-")]
 SHELL = {"sh", "bash", "shell", "console"}
-OTHERS_FLAGS = {"--head", "--port", "--dashboard-host", "--backend-store-uri", "--working-dir"}
+OTHERS_FLAGS = {"--head", "--port", "--dashboard-host", "--host", "--backend-store-uri", "--working-dir"}
 """Flags of other programs that the documents name."""
 
 
@@ -72,6 +72,7 @@ def files(tmp_path_factory):
     return sorted(folder.glob("*.h5ad"))
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:sqlalchemy.*", "ignore::DeprecationWarning:mlflow.*")
 @pytest.mark.parametrize("block", PYTHON, ids=str)
 def test_python_runs(block, files, tmp_path, monkeypatch):
     for file in files:
@@ -129,7 +130,8 @@ def test_files_in_the_readme_s_layout_exist():
 
 def test_every_decision_says_context_decision_and_consequence():
     decisions = sorted((ROOT / "docs" / "decisions").glob("*.md"))
-    for number, path in enumerate(decisions, 1):
-        assert path.name.startswith(f"{number:04d}-")
+    numbers = [re.match(r"\d{4}-", path.name)[0] for path in decisions]
+    assert len(set(numbers)) == len(decisions)
+    for path in decisions:
         parts = re.findall(r"^\*\*(\w+)\.\*\*", path.read_text(), re.MULTILINE)
         assert parts == ["Context", "Decision", "Consequence"]

@@ -95,6 +95,11 @@ class Bundle:
         """The model's name, e.g. "scvi"."""
         return str(self.facts["model"])
 
+    @property
+    def digest(self) -> str:
+        """sha256 of model.json, which has those of the other files: equal digests mean the same model."""
+        return file_digest(self.path / _FACTS)
+
     def weights(self) -> dict[str, torch.Tensor]:
         """The model's tensors by name."""
         return load_file(self.path / _WEIGHTS)

@@ -130,6 +130,8 @@ class TrackingConfig:
     """MLflow store. Default: $MLFLOW_TRACKING_URI, else SQLite in ./mlflow.db; "none" for no tracking."""
     experiment: str = "scviaduct"
     """MLflow experiment that holds the runs."""
+    system_metrics: bool = False
+    """Record what the driver's machine is busy with (CPU, memory, disk, network, GPUs) every 10 seconds."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,6 +180,8 @@ class TrainConfig:
     """Record which cells each step saw, under `out`/cells."""
     name: str | None = None
     """Name in MLflow's registry. Default: the name of `out`."""
+    alias: str = "current"
+    """Alias in MLflow's registry that moves to the new version, once it has been loaded back."""
     fit: Annotated[FitConfig, Parameter(name="*")] = field(default_factory=FitConfig)
     """How parameters are fitted."""
     tracking: Annotated[TrackingConfig, Parameter(name="*")] = field(default_factory=TrackingConfig)

@@ -4,10 +4,17 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 _POLL_SECONDS = 0.3
+
+
+def records(path: Path) -> Iterator[dict[str, float]]:
+    """The records in a JSON-lines file; a last line that was torn by a kill is none."""
+    for line in path.read_text().splitlines(keepends=True) if path.exists() else []:
+        if line.endswith("\n"):
+            yield json.loads(line)
 
 
 class Follower:

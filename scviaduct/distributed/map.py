@@ -11,7 +11,7 @@ import logging
 import shutil
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,9 +25,11 @@ from scviaduct.distributed.bundle import Bundle, build
 from scviaduct.distributed.cluster import ray_cluster
 from scviaduct.distributed.config import MapConfig
 from scviaduct.distributed.datafacts import tell_data
+from scviaduct.distributed.lineage import record_of_result, tags_of_mapping
 from scviaduct.distributed.loop import embedded, fit
 from scviaduct.distributed.nodes import require_resources, require_shared_files
-from scviaduct.distributed.tracking import Tracker, flat, open_bundle
+from scviaduct.distributed.registered import find_model
+from scviaduct.distributed.tracking import Data, Tracker, flat
 from scviaduct.distributed.transfer import Neighbours, Transferred
 from scviaduct.distributed.workers import device
 from scviaduct.errors import ConfigError, DataError, ScviaductError
@@ -36,7 +38,7 @@ from scviaduct.models.scanvi import SCANVI
 from scviaduct.models.surgery import extend
 from scviaduct.schema import MISSING
 from scviaduct.storage.loader import MemorySource, stream
-from scviaduct.storage.manifest import refuse_existing
+from scviaduct.storage.manifest import file_digest, refuse_existing
 from scviaduct.storage.places import local
 from scviaduct.storage.query import Query, read_query
 from scviaduct.storage.query_labels import with_labels
@@ -77,10 +79,12 @@ class Mapped:
     history: list[dict[str, float]] = field(default_factory=list, repr=False)
     wrong_input: bool = False
     """The failure lies in the file, not in the program."""
+    query_sha256: str = ""
+    result_sha256: str = ""
 
     def row(self) -> dict[str, Any]:
         """The columns of summary.csv."""
-        hidden = {"history", "wrong_input"}
+        hidden = {"history", "wrong_input", "query_sha256", "result_sha256"}
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in hidden}
 
 
@@ -92,13 +96,15 @@ class Reference:
     weights: dict[str, NDArray[Any]]
     latent: NDArray[np.float32] | None
     labels: NDArray[np.integer[Any]] | None
+    made_of: Mapping[str, str] = field(default_factory=dict)
+    """What every result says of its model and run."""
 
     @classmethod
-    def of(cls, bundle: Bundle) -> Reference:
+    def of(cls, bundle: Bundle, made_of: Mapping[str, str]) -> Reference:
         """Read a bundle."""
         weights = {name: tensor.numpy() for name, tensor in bundle.weights().items()}
         latent = bundle.latent()
-        return cls(bundle.facts, weights, None if latent is None else np.asarray(latent), bundle.labels())
+        return cls(bundle.facts, weights, None if latent is None else np.asarray(latent), bundle.labels(), made_of)
 
     def model(self) -> Model:
         """A model of its own."""
@@ -124,19 +130,17 @@ def map(
     """
     config = dataclasses.replace(config, out=refuse_existing(local(config.out, "The results").absolute()))
     paths = _named_once(queries)
-    bundle = open_bundle(model, config.tracking)
-    tracker = Tracker(config.tracking)
+    found = find_model(model, config.tracking)
+    tracker, tags = Tracker(config.tracking, config.out), tags_of_mapping(found)
     made = _make(config.out)
     try:
-        training = bundle.facts["training"]
-        tags = {"model": str(model), "view_digest": training["view_digest"], "trained_by": str(training["mlflow_run"])}
         options = {k: v for k, v in asdict(config).items() if k != "out"}
         tracker.start(f"map {config.out.name}", flat(options) | {"queries": len(paths)}, tags)
         with tracker.closing():
             results = []
-            for result in _results(Reference.of(bundle), paths, config):
+            for result in _results(Reference.of(found.bundle, record_of_result(tags, tracker)), paths, config):
                 results.append(result)
-                _track(result, tracker, config)
+                _track(result, paths, tracker)
                 on_result(result)
             summary = _summary(results, paths)
             if not (summary["status"] == "mapped").any():
@@ -242,7 +246,8 @@ def _map_one(reference: Reference, path: Path, config: MapConfig) -> Mapped:
     columns = _columns(model, query, latent, labelled, config)
     if isinstance(adapted, SCANVI):
         columns["obs"] |= _classified(adapted, query, source)
-    write_result(path, config.out / f"{path.stem}.h5ad", **columns)
+    made_of = {**reference.made_of, "query_sha256": query.sha256}
+    written = write_result(path, config.out / f"{path.stem}.h5ad", **columns, made_of=made_of)
     return Mapped(
         query=path.stem,
         status="mapped",
@@ -258,6 +263,8 @@ def _map_one(reference: Reference, path: Path, config: MapConfig) -> Mapped:
         epochs=len(history),
         message=remark,
         history=history,
+        query_sha256=query.sha256,
+        result_sha256=file_digest(written),
     )
 
 
@@ -310,16 +317,17 @@ def _classified(model: SCANVI, query: Query, source: MemorySource) -> dict[str, 
     return {f"{key}_classified": pd.Categorical(names), f"{key}_probability": probability}
 
 
-def _track(result: Mapped, tracker: Tracker, config: MapConfig) -> None:
+def _track(result: Mapped, paths: Sequence[Path], tracker: Tracker) -> None:
     """One child run a query."""
-    if not tracker.run_id:
-        return
-    child = Tracker(config.tracking)
-    child.start(f"query {result.query}", {"query": result.query}, {"message": result.message}, parent=tracker.run_id)
-    for record in result.history:
-        child.metrics(int(record["epoch"]), record)
-    numbers = {k: v for k, v in result.row().items() if isinstance(v, (int, float)) and v == v}
-    child.metrics(0, numbers)
+    child, name = tracker.child(), result.query
+    path = next(p for p in paths if p.stem == name)
+    digests = {"query_sha256": result.query_sha256, "result_sha256": result.result_sha256}
+    tags = {"message": result.message} | {k: v for k, v in digests.items() if v}
+    child.start(f"query {name}", {"query": name}, tags)
+    if result.query_sha256:
+        child.datasets([Data(name, result.query_sha256, {"path": str(path)}, context="query", type="file")])
+    child.history((int(record["epoch"]), record) for record in result.history)
+    child.metrics(0, {k: v for k, v in result.row().items() if isinstance(v, (int, float)) and v == v})
     child.end("FINISHED" if result.status == "mapped" else "FAILED")
 
 

@@ -88,6 +88,17 @@ def embed(
     return Written(out, population.n_obs, width, without(population))
 
 
+def latents(model: Model, data: Path, reading: Reading) -> NDArray[np.float32]:
+    """(cells, n_latent) what `embed` writes of a file's cells, in memory; raises as `embed` does."""
+    population = open_population(data, model.schema, reading)
+    whole = np.full((population.n_obs, model.config.n_latent), np.nan, np.float32)
+    for batch in population.blocks(_EMBEDDED):
+        whole[batch.rows if population.places is None else population.places[batch.rows]] = array(
+            model.encode(batch).mean
+        )
+    return whole
+
+
 def decode(
     model: str | Path,
     data: str | Place,

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from scviaduct.distributed.bundle import Bundle
 from scviaduct.distributed.config import Reading, TrackingConfig
-from scviaduct.distributed.tracking import open_bundle
+from scviaduct.distributed.registered import open_bundle
 from scviaduct.distributed.workers import device
 from scviaduct.errors import ConfigError, DataError, MissingColumnError, nearest
 from scviaduct.models.base import Model

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from scviaduct.distributed.cadence import Every
+from scviaduct.distributed.journal import unsent
 from scviaduct.errors import UnreadableFileError
 from scviaduct.storage.manifest import read_json
 
@@ -46,6 +47,8 @@ class RunStatus:
     """The last epoch's numbers."""
     reason: str = ""
     """Why it was refused."""
+    unsent: int = 0
+    """Records that MLflow has not been told of; `scviaduct sync` does."""
 
 
 def run_status(run: str | Path, *, now: float | None = None) -> RunStatus:
@@ -80,6 +83,7 @@ def run_status(run: str | Path, *, now: float | None = None) -> RunStatus:
         seconds_left=_left(history, config["fit"]["max_epochs"]),
         record=last,
         reason=read_json(refused) if refused.exists() else "",
+        unsent=unsent(folder),
     )
 
 

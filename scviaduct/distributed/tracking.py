@@ -2,195 +2,192 @@
 
 from __future__ import annotations
 
-import json
-import logging
-import os
+import copy
 import time
-from collections.abc import Callable, Iterator, Mapping
+import uuid
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from scviaduct.distributed.bundle import Bundle
 from scviaduct.distributed.config import TrackingConfig
-from scviaduct.errors import ConfigError
+from scviaduct.distributed.journal import FOLDER, Journal
+from scviaduct.distributed.outbox import Outbox
+from scviaduct.distributed.registered import store_uri
+from scviaduct.distributed.systemmetrics import PREFIX as SYSTEM
+from scviaduct.distributed.systemmetrics import SystemMetrics
+from scviaduct.errors import UnreadableFileError
 
-log = logging.getLogger(__name__)
 
-os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+@dataclass(frozen=True)
+class Data:
+    """A data set that a run was given."""
+
+    name: str
+    digest: str
+    """sha256."""
+    source: Mapping[str, str]
+    """Where it lies."""
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    context: str = "training"
+    """What it was used for."""
+    type: str = "zarr"
 
 
 class Tracker:
-    """One MLflow run. Every call that fails is logged as a warning, once per kind, and the job goes on."""
+    """One MLflow run. What cannot be told now is kept and told later; the job goes on.
 
-    def __init__(self, config: TrackingConfig) -> None:
-        self.uri = _uri(config)
-        self.run_id: str | None = None
-        self._warned: set[str] = set()
-        self._client: Any = None
-        self._experiment = ""
-        if self.uri:
-            self._attempt("open the MLflow store", lambda: self._open(config.experiment))
+    `home` is the job's folder, which keeps what MLflow has not been told yet, so that it survives the job
+    (`scviaduct sync`). Without it that is kept in memory, and lost when the job ends.
+    """
 
-    def _open(self, experiment: str) -> None:
-        from mlflow import MlflowClient
+    def __init__(self, config: TrackingConfig, home: Path | None = None) -> None:
+        self.uri = store_uri(config)
+        self._config = config
+        self._outbox = Outbox(self.uri, config.experiment, home and home / FOLDER) if self.uri else None
+        self.key: str | None = None
+        """Our own name of the run, known at once; MLflow has it as the tag scviaduct.key."""
+        self._parent: str | None = None
+        self._bundle: str | None = None
+        self._system: SystemMetrics | None = None
 
-        _quiet()
-        client = MlflowClient(self.uri)
-        found = client.get_experiment_by_name(experiment)
-        self._experiment = (
-            found.experiment_id if found else client.create_experiment(experiment, _artifacts(str(self.uri)))
-        )
-        self._client = client
+    @property
+    def run_id(self) -> str | None:
+        """MLflow's name of the run; None until MLflow has been told of it."""
+        return self._outbox.journal.ids.get(self.key) if self._outbox and self.key else None
 
-    def _attempt(self, what: str, call: Callable[[], Any]) -> Any:
-        try:
-            return call()
-        except Exception as error:  # noqa: BLE001 - tracking must not end a training run
-            if what not in self._warned:
-                self._warned.add(what)
-                log.warning("Could not %s at %s: %s. The job goes on without it.", what, self.uri, error)
-            return None
+    def child(self) -> Tracker:
+        """A tracker for a run inside this one; it needs `start`, without a parent."""
+        made = copy.copy(self)
+        made.key, made._parent, made._bundle, made._system = None, self.key, None, None
+        return made
 
     def start(self, name: str, params: Mapping[str, Any], tags: Mapping[str, str], parent: str | None = None) -> None:
-        """Open the run, a child of `parent` when given."""
-        if not self._client:
+        """Open the run, a child of `parent` (a run's id) when given."""
+        if not self._outbox:
             return
-        lineage = {"mlflow.parentRunId": parent} if parent else {}
-        run = self._attempt(
-            "create a run",
-            lambda: self._client.create_run(self._experiment, tags={**tags, **lineage}, run_name=name),
-        )
-        if run:
-            self.run_id = run.info.run_id
-            self._log_params(params)
+        self._parent = parent or self._parent
+        self.key = uuid.uuid4().hex
+        where = {"uri": self.uri, "experiment": self._config.experiment}
+        self._put("create", name=name, tags=dict(tags), parent=self._parent, time=_now(), store=where)
+        self._put("params", values={k: str(v) for k, v in params.items()})
+        self._measure()
 
     def resume(self, run_id: str | None) -> None:
-        """Go on in a run that exists."""
-        if self._client and run_id:
-            self.run_id = run_id
-            self._attempt("resume a run", lambda: self._client.update_run(run_id, status="RUNNING"))
+        """Go on in a run that exists, or that MLflow has not been told of yet."""
+        if not self._outbox:
+            return
+        self.key = self._outbox.journal.root
+        if not self.key and not run_id:
+            return
+        self.key = self.key or uuid.uuid4().hex
+        self._put("resume", id=run_id)
+        self._measure()
 
-    def _log_params(self, params: Mapping[str, Any]) -> None:
-        from mlflow.entities import Param
-
-        entries = [Param(k, str(v)[:6000]) for k, v in params.items()]
-        self._attempt("log parameters", lambda: self._client.log_batch(self.run_id, params=entries))
+    def _measure(self) -> None:
+        if not self._config.system_metrics or self._parent or not self._outbox:
+            return
+        steps = [step for key, step, names in self._outbox.journal.told if names[0].startswith(SYSTEM)]
+        self._system = SystemMetrics(self, first=1 + max(steps, default=-1))
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
-        """One record of numbers."""
-        if not self.run_id:
-            return
-        from mlflow.entities import Metric
+        """One record of numbers. A step that these names have already is left as it is: an epoch may be repeated."""
+        self.history([(step, values)])
 
-        now = int(time.time() * 1000)
-        entries = [Metric(name, float(value), now, step) for name, value in values.items()]
-        self._attempt("log metrics", lambda: self._client.log_batch(self.run_id, metrics=entries))
+    def history(self, records: Iterable[tuple[int, Mapping[str, float]]]) -> None:
+        """Several records of numbers, as (step, values), told at once."""
+        if not self._outbox or not self.key:
+            return
+        told, key = self._outbox.journal.told, self.key
+        new = [
+            {"step": step, "values": {k: float(v) for k, v in values.items()}, "time": _now()}
+            for step, values in records
+            if (key, step, tuple(values)) not in told
+        ]
+        if new:
+            self._put("metrics", records=new)
 
     def dataset(self, name: str, source: str, digest: str, facts: Mapping[str, Any]) -> None:
         """The data the run used, by content hash."""
-        if not self.run_id:
-            return
-        from mlflow.entities import Dataset, DatasetInput, InputTag
+        self.datasets([Data(name, digest, {"path": source}, facts)])
 
-        entity = Dataset(
-            name, digest[:36], "zarr", json.dumps({"path": source}), profile=json.dumps(facts)[:16_000_000]
-        )
-        entry = DatasetInput(entity, [InputTag("mlflow.data.context", "training")])
-        self._attempt("log the data set", lambda: self._client.log_inputs(self.run_id, datasets=[entry]))
+    def datasets(self, used: Iterable[Data]) -> None:
+        """The data sets the run was given, by content hash."""
+        entries = [vars(d) | {"source": dict(d.source), "facts": {"sha256": d.digest, **d.facts}} for d in used]
+        self._put("datasets", datasets=entries)
 
     def artifacts(self, folder: Path, under: str) -> None:
         """Copy a file, or a folder's files, into the run."""
-        if not self.run_id:
+        if not self._outbox:
             return
-        log_into = self._client.log_artifacts if folder.is_dir() else self._client.log_artifact
-        self._attempt("log artifacts", lambda: log_into(self.run_id, str(folder), under))
+        path = self._outbox.journal.noted(folder)
+        if under == "bundle":
+            self._bundle = path
+        self._put("artifacts", path=path, under=under)
 
     def register(self, name: str, tags: Mapping[str, str], alias: str = "current") -> str | None:
-        """A registry version of the run's bundle, with an alias; its number."""
-        if not self.run_id:
-            return None
-        return self._attempt("register the model", lambda: self._register(name, dict(tags), alias))
+        """A registry version of the bundle that was copied into the run, loaded back before `alias` moves to it.
 
-    def _register(self, name: str, tags: dict[str, str], alias: str) -> str:
-        from mlflow.exceptions import MlflowException
-
-        try:
-            self._client.get_registered_model(name)
-        except MlflowException:
-            self._client.create_registered_model(name)
-        run = self._client.get_run(self.run_id)
-        version = self._client.create_model_version(name, f"{run.info.artifact_uri}/bundle", self.run_id, tags)
-        self._client.set_registered_model_alias(name, alias, version.version)
-        return str(version.version)
+        Gives its number; None when MLflow is away, and it is made later.
+        """
+        return self._put("register", name=name, tags=dict(tags), alias=alias, path=self._bundle)
 
     def end(self, status: str) -> None:
         """Close the run: FINISHED or FAILED."""
-        if self.run_id:
-            self._attempt("end a run", lambda: self._client.set_terminated(self.run_id, status))
+        if self._system:
+            self._system.stop()
+        self._put("end", status=status, time=_now())
 
     @contextmanager
     def closing(self) -> Iterator[Tracker]:
-        """End the run as FINISHED, or as FAILED when the block raises."""
+        """End the run as FINISHED, or as FAILED when the block raises; then a last attempt to tell what waits."""
         try:
             yield self
         except BaseException:
             self.end("FAILED")
+            self._close(finished=False)
             raise
         self.end("FINISHED")
+        self._close(finished=True)
+
+    def _close(self, *, finished: bool) -> None:
+        if self._outbox:
+            self._outbox.close()
+            if finished:
+                self._outbox.journal.remove()
+
+    def _put(self, kind: str, **values: Any) -> Any:
+        if self._outbox and self.key:
+            return self._outbox.put({"kind": kind, "run": self.key, **values})
+        return None
 
 
-def _uri(config: TrackingConfig) -> str | None:
-    uri = config.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path.cwd() / 'mlflow.db'}"
-    return None if uri == "none" else uri
+def sync(folder: str | Path, tracking_uri: str | None = None) -> tuple[int, int]:
+    """Tell MLflow what a run, or a folder of mapped queries, could not tell it: (events sent, events that still wait).
 
-
-def _quiet() -> None:
-    """MLflow tells of every table it makes in a new SQLite store."""
-    for name in ("alembic", "mlflow"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-
-
-def _artifacts(uri: str) -> str | None:
-    """Beside a SQLite file lie its artifacts; a server knows its own place."""
-    return (Path(uri.removeprefix("sqlite:///")).parent / "mlartifacts").as_uri() if uri.startswith("sqlite:") else None
-
-
-def open_bundle(model: str | Path, config: TrackingConfig) -> Bundle:
-    """The bundle of a model by its path, its run's path, or its registered name (models:/NAME@ALIAS).
-
-    Raises as `Bundle.open` and `fetch_model` do.
-    """
-    return Bundle.open(fetch_model(str(model), config) if str(model).startswith("models:/") else model)
-
-
-def fetch_model(uri: str, config: TrackingConfig) -> Path:
-    """The local folder of a registered model: models:/kang@current or models:/kang/3.
+    It goes where the job was told to send it, or to `tracking_uri`.
 
     Raises:
-        ConfigError: the registry has no such model.
+        UnreadableFileError: there is no such folder.
     """
-    where = _uri(config)
-    if where is None:
-        raise ConfigError(f'{uri} is looked up in MLflow\'s registry; name it with --tracking-uri, now "none".')
-    store = Path(where.removeprefix("sqlite:///"))
-    if where.startswith("sqlite:///") and not store.exists():
-        raise ConfigError(f"{uri} is not in the registry: there is no {store}. Name another with --tracking-uri.")
-    from mlflow import MlflowClient
-    from mlflow.artifacts import download_artifacts
-    from mlflow.exceptions import MlflowException
+    home = Path(folder)
+    if not home.is_dir():
+        raise UnreadableFileError(f"{home} is not a folder that train or map wrote.")
+    store = Journal(home / FOLDER).store
+    if not store:
+        return 0, 0
+    outbox = Outbox(tracking_uri or store["uri"], store["experiment"], home / FOLDER)
+    before = len(outbox.journal.waiting)
+    outbox.close()
+    left = len(outbox.journal.waiting)
+    if outbox.journal.finished:
+        outbox.journal.remove()
+    return before - left, left
 
-    _quiet()
-    client = MlflowClient(where)
-    name, separator, alias = uri.removeprefix("models:/").partition("@")
-    try:
-        if separator:
-            source = client.get_model_version_by_alias(name, alias).source
-        else:
-            source = client.get_model_version(*name.split("/", 1)).source
-        return Path(download_artifacts(artifact_uri=source, tracking_uri=where))
-    except (MlflowException, TypeError) as error:
-        raise ConfigError(f"{uri} is not in the registry at {where}: {error}") from error
+
+def _now() -> int:
+    return int(time.time() * 1000)
 
 
 def flat(record: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

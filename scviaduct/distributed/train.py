@@ -4,6 +4,8 @@ out/run.json        configuration, identity of the data, MLflow run; decides wha
     history.jsonl   one line an epoch, written by rank 0 and followed by the driver
     checkpoints/    see checkpoint.py
     cells/          which cells each step saw, on request
+    plots/          losses over the epochs, with MLflow
+    mlflow-spool/   what MLflow has not been told yet (journal.py)
     bundle/         the finished model; present = the run is done
 """
 
@@ -26,9 +28,11 @@ from scviaduct.distributed.cadence import Every
 from scviaduct.distributed.celllog import CellLog
 from scviaduct.distributed.checkpoint import Checkpoints
 from scviaduct.distributed.config import FitConfig, TrainConfig
+from scviaduct.distributed.curves import draw_losses
 from scviaduct.distributed.datafacts import tell_data
-from scviaduct.distributed.follow import Follower
+from scviaduct.distributed.follow import Follower, records
 from scviaduct.distributed.launch import run_on_workers
+from scviaduct.distributed.lineage import data_of, tags_of_training
 from scviaduct.distributed.loop import Hooks, embed, fit, samplers
 from scviaduct.distributed.options import model_config
 from scviaduct.distributed.saver import Saver
@@ -101,7 +105,7 @@ def train(atlas: str | Place, config: TrainConfig, *, on_epoch: OnEpoch | None =
     with (
         tracker.closing(),
         _nothing_left(job),
-        Follower(config.out / "history.jsonl", [*_listeners(tracker), *([on_epoch] if on_epoch else [])]),
+        Follower(config.out / "history.jsonl", [*([on_epoch] if on_epoch else []), *_listeners(tracker)]),
     ):
         run_on_workers(work, job, config)
         bundle = _bundle(job, view, tracker)
@@ -183,7 +187,7 @@ def _clashes(now: Options, started: Options, default: Options, free: set[str]) -
 
 def _open_run(job: Job, view: View) -> Tracker:
     """Make the run's folder and its MLflow run, or find them again."""
-    config, tracker = job.config, Tracker(job.config.tracking)
+    config, tracker = job.config, Tracker(job.config.tracking, job.out)
     if config.resume:
         record = read_json(job.out / "run.json")
         if record["view_digest"] != view.digest:
@@ -191,11 +195,12 @@ def _open_run(job: Job, view: View) -> Tracker:
                 f"The view {config.view!r} of {job.atlas} is not the one the run in {job.out} was started on."
             )
         tracker.resume(record["mlflow_run"])
+        tracker.history((int(r["epoch"]), r) for r in records(job.out / "history.jsonl"))
         return tracker
-    tags = {"atlas": job.atlas, "view": view.name, "view_digest": view.digest, "schema_digest": job.schema.digest}
-    tracker.start(f"train {job.out.name}", flat(config.to_dict()) | {"n_cells": view.n_rows}, tags)
-    tracker.dataset(absolute(job.atlas).name, job.atlas, view.digest, {"cells": view.n_rows, "genes": len(view.genes)})
     job.out.mkdir(parents=True)
+    tags = tags_of_training(view, job.schema)
+    tracker.start(f"train {job.out.name}", flat(config.to_dict()) | {"n_cells": view.n_rows}, tags)
+    tracker.datasets(data_of(view))
     facts = {"config": config.to_dict(), "atlas": job.atlas, "view_digest": view.digest, "mlflow_run": tracker.run_id}
     write_json_atomic(job.out / "run.json", facts)
     return tracker
@@ -264,6 +269,9 @@ def _bundle(job: Job, view: View, tracker: Tracker) -> Bundle:
     }
     bundle = Bundle.save(job.out / "bundle", model, facts, reference)
     shutil.rmtree(partial)
-    tracker.artifacts(bundle.path, "bundle")
-    tracker.register(str(facts["name"]), {"view_digest": view.digest, "model": config.model})
+    if tracker.key:
+        tracker.artifacts(draw_losses(progress.history, job.out / "plots" / "losses.png"), "plots")
+        tracker.artifacts(bundle.path, "bundle")
+        digests = {"view_digest": view.digest, "schema_digest": job.schema.digest, "bundle_digest": bundle.digest}
+        tracker.register(str(facts["name"]), digests | {"model": config.model}, config.alias)
     return bundle

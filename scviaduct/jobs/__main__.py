@@ -26,6 +26,7 @@ from scviaduct.jobs import (
     repair,
     status,
     submit,
+    sync,
     train,
     verify,
 )
@@ -45,7 +46,7 @@ app = App(
 )
 
 _VERBS = (
-    *(convert, prepare, train, status, map, embed, decode, evaluate, de),
+    *(convert, prepare, train, status, sync, map, embed, decode, evaluate, de),
     *(inspect, verify, repair, export, import_, submit, demo),
 )
 for _place, _verb in enumerate(_VERBS):

@@ -47,6 +47,8 @@ def _lines(s: RunStatus) -> list[str]:
         lines.append(f"  nothing was written for {_time(s.silent)}: train --resume --out {s.run} goes on from there")
     if s.state == "refused":
         lines.append(f"  {s.reason}")
+    if s.unsent:
+        lines.append(f"  {s.unsent} records wait for MLflow: scviaduct sync {s.run}")
     return lines
 
 

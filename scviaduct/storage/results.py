@@ -9,6 +9,7 @@ import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TypeAlias
 
 import anndata as ad
@@ -27,13 +28,21 @@ from scviaduct.storage.manifest import refuse_existing, sync_directory
 Values: TypeAlias = NDArray[Any] | pd.Categorical
 
 _OURS = "scviaduct"
-"""uns/scviaduct/{obs,obsm} name what was added, so that a second result may replace it but never a user's column."""
+"""uns/scviaduct/{obs,obsm} name what was added, so that a second result may replace it but never a user's column;
+beside them stands of what the last result was made."""
 
 
 def write_result(
-    source: str | Path, out: str | Path, *, obsm: Mapping[str, NDArray[Any]], obs: Mapping[str, Values]
+    source: str | Path,
+    out: str | Path,
+    *,
+    obsm: Mapping[str, NDArray[Any]],
+    obs: Mapping[str, Values],
+    made_of: Mapping[str, str] = MappingProxyType({}),
 ) -> Path:
     """Write `out`: a copy of the h5ad `source` with `obsm` (cells, …) and `obs` (cells,) added. Returns its path.
+
+    `made_of` says what the result was made of (model, digests, runs); it becomes part of uns["scviaduct"].
 
     The copy is made byte for byte under a temporary name, added to, read back, and renamed; X, layers, raw, var and the
     existing columns are never touched. Columns that an earlier result added are replaced. Of a source that is no h5ad
@@ -49,6 +58,7 @@ def write_result(
         _begin(source, temporary)
         with _opened(temporary, source, "r+") as file:
             _add(file, source, obsm, obs)
+            _remember(file, {"obs": obs, "obsm": obsm}, made_of)
         with _opened(temporary, source, "r") as file:
             _verify(file, out, obsm, obs)
         _publish(temporary, out)
@@ -104,7 +114,6 @@ def _add(file: h5py.File, source: Path, obsm: Mapping[str, NDArray[Any]], obs: M
         _add_to_compound(file, "obsm", dict(obsm))
     else:
         _add_elements(_group(file, "obsm"), obsm)
-    _remember(file, {"obs": obs, "obsm": obsm})
 
 
 def _n_obs(file: h5py.File) -> int:
@@ -139,9 +148,9 @@ def _added_before(file: h5py.File, kind: str) -> set[str]:
     return set(map(str, read_elem(file[path]))) if path in file else set()
 
 
-def _remember(file: h5py.File, added: Mapping[str, Mapping[str, Any]]) -> None:
-    record = {kind: np.array(sorted(_added_before(file, kind) | set(names)), object) for kind, names in added.items()}
-    write_elem(_group(file, "uns"), _OURS, record)
+def _remember(file: h5py.File, added: Mapping[str, Mapping[str, Any]], made_of: Mapping[str, str]) -> None:
+    names = {kind: np.array(sorted(_added_before(file, kind) | set(new)), object) for kind, new in added.items()}
+    write_elem(_group(file, "uns"), _OURS, {**made_of, **names})
 
 
 def _group(file: h5py.File, name: str) -> h5py.Group:

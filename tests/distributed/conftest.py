@@ -1,4 +1,5 @@
 import os
+import shutil
 import tempfile
 from dataclasses import fields, replace
 
@@ -79,6 +80,23 @@ def run(atlas, config, tmp_path_factory):
     out = tmp_path_factory.mktemp("run") / "reference"
     train(atlas, config(out))
     return out
+
+
+@pytest.fixture(scope="session")
+def mlflow_database(tmp_path_factory):
+    """An MLflow database with its tables and nothing in them; making one takes seconds."""
+    from mlflow import MlflowClient
+
+    path = tmp_path_factory.mktemp("database") / "mlflow.db"
+    MlflowClient(f"sqlite:///{path}").search_experiments()
+    return path
+
+
+@pytest.fixture
+def tracking(mlflow_database, tmp_path):
+    """An MLflow store of the test's own."""
+    shutil.copy(mlflow_database, tmp_path / "mlflow.db")
+    return TrackingConfig(tracking_uri=f"sqlite:///{tmp_path / 'mlflow.db'}", experiment="test")
 
 
 @pytest.fixture(scope="session")
