@@ -70,8 +70,8 @@ class Tracker:
         self._parent = parent or self._parent
         self.key = uuid.uuid4().hex
         where = {"uri": self.uri, "experiment": self._config.experiment}
-        self._put("create", name=name, tags=dict(tags), parent=self._parent, time=_now(), store=where)
-        self._put("params", values={k: str(v) for k, v in params.items()})
+        self._put("create", {"name": name, "tags": dict(tags), "parent": self._parent, "time": _now(), "store": where})
+        self._put("params", {"values": {k: str(v) for k, v in params.items()}})
         self._measure()
 
     def resume(self, run_id: str | None) -> None:
@@ -82,7 +82,7 @@ class Tracker:
         if not self.key and not run_id:
             return
         self.key = self.key or uuid.uuid4().hex
-        self._put("resume", id=run_id)
+        self._put("resume", {"id": run_id})
         self._measure()
 
     def _measure(self) -> None:
@@ -106,7 +106,7 @@ class Tracker:
             if (key, step, tuple(values)) not in told
         ]
         if new:
-            self._put("metrics", records=new)
+            self._put("metrics", {"records": new})
 
     def dataset(self, name: str, source: str, digest: str, facts: Mapping[str, Any]) -> None:
         """The data the run used, by content hash."""
@@ -115,7 +115,7 @@ class Tracker:
     def datasets(self, used: Iterable[Data]) -> None:
         """The data sets the run was given, by content hash."""
         entries = [vars(d) | {"source": dict(d.source), "facts": {"sha256": d.digest, **d.facts}} for d in used]
-        self._put("datasets", datasets=entries)
+        self._put("datasets", {"datasets": entries})
 
     def artifacts(self, folder: Path, under: str) -> None:
         """Copy a file, or a folder's files, into the run."""
@@ -124,20 +124,20 @@ class Tracker:
         path = self._outbox.journal.noted(folder)
         if under == "bundle":
             self._bundle = path
-        self._put("artifacts", path=path, under=under)
+        self._put("artifacts", {"path": path, "under": under})
 
     def register(self, name: str, tags: Mapping[str, str], alias: str = "current") -> str | None:
         """A registry version of the bundle that was copied into the run, loaded back before `alias` moves to it.
 
         Gives its number; None when MLflow is away, and it is made later.
         """
-        return self._put("register", name=name, tags=dict(tags), alias=alias, path=self._bundle)
+        return self._put("register", {"name": name, "tags": dict(tags), "alias": alias, "path": self._bundle})
 
     def end(self, status: str) -> None:
         """Close the run: FINISHED or FAILED."""
         if self._system:
             self._system.stop()
-        self._put("end", status=status, time=_now())
+        self._put("end", {"status": status, "time": _now()})
 
     @contextmanager
     def closing(self) -> Iterator[Tracker]:
@@ -157,7 +157,7 @@ class Tracker:
             if finished:
                 self._outbox.journal.remove()
 
-    def _put(self, kind: str, **values: Any) -> Any:
+    def _put(self, kind: str, values: dict[str, Any]) -> Any:
         if self._outbox and self.key:
             return self._outbox.put({"kind": kind, "run": self.key, **values})
         return None
