@@ -46,7 +46,9 @@ def run_on_workers(work: Callable[[Job], None], job: Job, config: TrainConfig) -
 def _fit_on_ray(work: Callable[[Job], None], job: Job, config: TrainConfig) -> None:
     import ray
     from ray.train import FailureConfig, RunConfig, ScalingConfig, WorkerGroupError
-    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.torch import TorchTrainer
+
+    from scviaduct.distributed.network import NodeAddressConfig
 
     gpus = config.gpus_per_worker
     if gpus is None:
@@ -63,7 +65,7 @@ def _fit_on_ray(work: Callable[[Job], None], job: Job, config: TrainConfig) -> N
             use_gpu=gpus > 0,
             resources_per_worker={"CPU": 1} | ({"GPU": gpus} if gpus else {}),
         ),
-        torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if gpus else "gloo", timeout_s=COLLECTIVE_TIMEOUT_S),
+        torch_config=NodeAddressConfig("cpu:gloo,cuda:nccl" if gpus else "gloo", timeout_s=COLLECTIVE_TIMEOUT_S),
         run_config=RunConfig(
             # a new name each time: Ray takes a finished run's name as "nothing left to do"
             name=f"{job.out.name}-{uuid.uuid4().hex[:8]}",
