@@ -1,17 +1,18 @@
-"""Executes the sampler's plan: threads read blocks ahead, one more gathers batches from their rows."""
+"""Executes the sampler's plan: threads read blocks ahead and gather batches from their rows."""
 
 from __future__ import annotations
 
 import queue
 import threading
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from itertools import tee
-from typing import Any, Generic, NamedTuple, Protocol, TypeAlias, TypeVar, cast
+from itertools import islice, pairwise
+from typing import Any, Generic, NamedTuple, Protocol, TypeAlias, TypeVar
 
 import numba
 import numpy as np
@@ -217,6 +218,13 @@ class _Run(NamedTuple):
     closes: list[int]
 
 
+class _Reading(NamedTuple):
+    """A run and the blocks it is made of, some of which are being read."""
+
+    run: _Run
+    blocks: dict[int, Future[Piece]]
+
+
 class Loader:
     """Minibatches of one rank, in the sampler's order.
 
@@ -249,18 +257,30 @@ class Loader:
 
     def _batches(self, index: int, start_step: int) -> Iterator[Batch]:
         epoch = self.sampler.epoch(index)
-        runs, ahead = tee(self._runs(epoch, start_step))
+        with _threads(self.source.readers) as threads:
+            runs = self._reading(threads, epoch, start_step)
+            for batches in in_order(threads, partial(self._assemble, epoch), runs, ahead=2):
+                yield from batches
+
+    def _reading(self, threads: ThreadPoolExecutor, epoch: Epoch, start_step: int) -> Iterator[_Reading]:
+        """The runs with their blocks, which are being read; so are those of the next runs, a block a thread and more.
+
+        The same threads gather. So the reads that a run waits for were begun before it.
+        """
 
         def read(block: int) -> Piece:
-            return self.source.read(block), self.sampler.rows_of(index, block)
+            return self.source.read(block), self.sampler.rows_of(epoch.index, block)
 
-        open_blocks: dict[int, Piece] = {}
-        with read_ahead(self.source, read, (block for run in ahead for block in run.opens)) as blocks:
-            for run in runs:
-                open_blocks |= {block: next(blocks) for block in run.opens}
-                yield from self._assemble(epoch, run, open_blocks)
-                for block in run.closes:
-                    del open_blocks[block]
+        waiting: deque[_Reading] = deque()
+        blocks: dict[int, Future[Piece]] = {}
+        for run in self._runs(epoch, start_step):
+            blocks |= {block: threads.submit(read, block) for block in run.opens}
+            waiting.append(_Reading(run, dict(blocks)))
+            for block in run.closes:
+                del blocks[block]
+            while sum(len(later.run.opens) for later in islice(waiting, 1, None)) > self.source.readers:
+                yield waiting.popleft()
+        yield from waiting
 
     def _runs(self, epoch: Epoch, start_step: int) -> Iterator[_Run]:
         """The steps from `start_step` on; pure arithmetic, so it can run ahead of the reading."""
@@ -275,17 +295,16 @@ class Loader:
             yield _Run(steps, lanes, sorted(needed - held), sorted((held | needed) - last))
             held = last
 
-    def _assemble(self, epoch: Epoch, run: _Run, blocks: dict[int, Piece]) -> Iterator[Batch]:
+    def _assemble(self, epoch: Epoch, reading: _Reading) -> list[Batch]:
+        run, blocks = reading.run, {number: block.result() for number, block in reading.blocks.items()}
         segments = [segment for lane in run.lanes for segment in lane]
         pieces = [(blocks[s.block][0], blocks[s.block][1][s.start : s.stop]) for s in segments]
         shares = self.sampler.shares(run.steps, self.rank, self.world_size)
         whole = self._gather(pieces or [(next(iter(blocks.values()))[0], np.zeros(0, np.int64))], _step_by_step(shares))
         whole = replace(whole, seeds=self.sampler.seeds(epoch.index, whole.rows))
-        at = 0
-        for share in shares:
-            lanes = np.concatenate([[0], np.cumsum(share)])
-            yield cut(whole, at, at + int(lanes[-1]), lanes)
-            at += int(lanes[-1])
+        lanes = np.concatenate([np.zeros((len(shares), 1), np.int64), np.cumsum(shares, axis=1)], axis=1)
+        ends = np.cumsum(lanes[:, -1]).tolist()
+        return [cut(whole, a, b, borders) for (a, b), borders in zip(pairwise([0, *ends]), lanes, strict=True)]
 
 
 def _step_by_step(shares: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -311,7 +330,15 @@ def stream(source: BlockSource, *, rank: int = 0, world_size: int = 1) -> Prefet
 @contextmanager
 def read_ahead(source: BlockSource, read: Callable[[int], T], blocks: Iterable[int]) -> Iterator[Iterator[T]]:
     """`read` of each block in order, begun ahead in as many threads as the source wants."""
-    with ThreadPoolExecutor(source.readers, "scviaduct-read") as threads:
-        results = in_order(threads, read, blocks, ahead=source.readers + 1)
-        with closing(cast(Generator[T, None, None], results)):  # cancels what was begun ahead
-            yield results
+    with _threads(source.readers) as threads:
+        yield in_order(threads, read, blocks, ahead=source.readers + 1)
+
+
+@contextmanager
+def _threads(n: int) -> Iterator[ThreadPoolExecutor]:
+    """So many threads; what they have not begun when it is left they never begin."""
+    threads = ThreadPoolExecutor(n, "scviaduct-read")
+    try:
+        yield threads
+    finally:
+        threads.shutdown(cancel_futures=True)

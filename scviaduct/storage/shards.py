@@ -11,7 +11,9 @@ import json
 import threading
 from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import google_crc32c
@@ -20,12 +22,11 @@ from numcodecs import blosc
 from numpy.typing import NDArray
 
 from scviaduct.storage.memory import Allocate
-from scviaduct.storage.places import Place, Span, read_spans
+from scviaduct.storage.places import Folder, Place, Span, read_spans
 
 Key = TypeVar("Key", bound=Hashable)
 Value = TypeVar("Value")
 
-_MISSING = np.iinfo(np.uint64).max  # both numbers of a chunk that is not in the shard
 _CRC = 4  # bytes of a crc32c
 
 
@@ -83,9 +84,9 @@ class Arrays:
     """
 
     def __init__(self, root: Place, allocate: Allocate = np.empty) -> None:
-        self.root, self._allocate = root, allocate
+        self._root, self._allocate = Folder(root) if isinstance(root, Path) else root, allocate
         self._layouts: _Once[str, Layout] = _Once()
-        self._indexes: _Once[tuple[str, int], NDArray[np.uint64]] = _Once()
+        self._indexes: _Once[tuple[str, int], NDArray[np.int64]] = _Once()
 
     def layouts(self, names: Sequence[str]) -> list[Layout]:
         """What arrays look like."""
@@ -98,27 +99,28 @@ class Arrays:
         keys = dict.fromkeys((plan.layout.name, shard) for plan in plans for shard in plan.shards)
         indexes = dict(zip(keys, self._indexes.get(list(keys), self._read_indexes), strict=True))
         spans = [plan.locate(indexes) for plan in plans]
-        content = iter(read_spans(self.root, [span for group in spans for span in group], self._allocate))
+        content = iter(read_spans(self._root, [span for group in spans for span in group], self._allocate))
         return [
             plan.decode([next(content) for _ in group], self._allocate)
             for plan, group in zip(plans, spans, strict=True)
         ]
 
     def _read_layouts(self, names: list[str]) -> list[Layout]:
-        texts = read_spans(self.root, [Span(f"{name}/zarr.json", 0) for name in names])
+        texts = read_spans(self._root, [Span(f"{name}/zarr.json", 0) for name in names])
         return [Layout.of(name, text.tobytes()) for name, text in zip(names, texts, strict=True)]
 
-    def _read_indexes(self, keys: list[tuple[str, int]]) -> list[NDArray[np.uint64]]:
+    def _read_indexes(self, keys: list[tuple[str, int]]) -> list[NDArray[np.int64]]:
         layouts = self.layouts([name for name, _ in keys])
         spans = [
             Span(layout.file(shard), -(16 * layout.chunks + _CRC))
             for layout, (_, shard) in zip(layouts, keys, strict=True)
         ]
         try:
-            found = read_spans(self.root, spans)
+            found = read_spans(self._root, spans)
         except FileNotFoundError as error:  # the shard with all its chunks is gone
             raise ValueError(f"a chunk of {error.filename.partition('/c/')[0]} is missing") from error
-        return [_checked(raw, span.name).view("<u8").reshape(-1, 2) for raw, span in zip(found, spans, strict=True)]
+        checked = [_checked(raw, span.name) for raw, span in zip(found, spans, strict=True)]
+        return [index.view("<i8").reshape(-1, 2) for index in checked]
 
 
 class _Plan:
@@ -136,41 +138,42 @@ class _Plan:
             raise ValueError(f"{layout.name} has {layout.length:,} values, not {wanted.stop:,}")
         return cls(layout, wanted.start, wanted.stop)
 
-    def locate(self, indexes: dict[tuple[str, int], NDArray[np.uint64]]) -> list[Span]:
+    def locate(self, indexes: dict[tuple[str, int], NDArray[np.int64]]) -> list[Span]:
         """The fewest spans that hold the chunks: neighbours in a file are read as one."""
         name, per_shard = self.layout.name, self.layout.chunks
         spans: list[Span] = []
         for shard in self.shards:
             first = max(self.chunks.start - shard * per_shard, 0)
             index = indexes[name, shard][first : self.chunks.stop - shard * per_shard]
-            if (index == _MISSING).any():
+            if index.min() < 0:  # both numbers of a chunk that is not in the shard are 2⁶⁴ - 1
                 raise ValueError(f"a chunk of {name} is missing")
-            file = self.layout.file(shard)
-            for offset, size in index.astype(np.int64).tolist():
-                if spans and spans[-1].name == file and spans[-1].stop == offset:
-                    begin = spans[-1].start
-                    spans[-1] = Span(file, begin, offset + size)
-                    self._cuts[-1].append((offset - begin, offset + size - begin))
-                else:
-                    spans.append(Span(file, offset, offset + size))
-                    self._cuts.append([(0, size)])
+            file, begin, end = self.layout.file(shard), -1, -1
+            for offset, size in index.tolist():
+                if offset != end:
+                    if end >= 0:
+                        spans.append(Span(file, begin, end))
+                    begin = offset
+                    self._cuts.append([])
+                end = offset + size
+                self._cuts[-1].append((offset - begin, end - begin))
+            spans.append(Span(file, begin, end))
         return spans
 
     def decode(self, contents: list[NDArray[np.uint8]], allocate: Allocate) -> NDArray[Any]:
         """The values of the slice, from the contents of its spans."""
         out = allocate(self.stop - self.start, self.layout.dtype)
-        chunk = self.layout.chunk
-        raws = (c[a:b] for c, cuts in zip(contents, self._cuts, strict=True) for a, b in cuts)
-        for number, raw in zip(self.chunks, raws, strict=True):
-            body = _checked(raw, self.layout.name)
-            at = number * chunk - self.start
-            if at >= 0 and at + chunk <= len(out):
-                self._expand(body, out[at : at + chunk])
-            else:  # the first and the last chunk hold values of neighbours
-                whole = np.empty(chunk, self.layout.dtype)
-                self._expand(body, whole)
-                low, high = max(at, 0), min(at + chunk, len(out))
-                out[low:high] = whole[low - at : high - at]
+        chunk, at = self.layout.chunk, self.chunks.start * self.layout.chunk - self.start
+        for content, cuts in zip(contents, self._cuts, strict=True):
+            for begin, end in cuts:
+                body = _checked(content[begin:end], self.layout.name)
+                if at >= 0 and at + chunk <= len(out):
+                    self._expand(body, out[at : at + chunk])
+                else:  # the first and the last chunk hold values of neighbours
+                    whole = np.empty(chunk, self.layout.dtype)
+                    self._expand(body, whole)
+                    low, high = max(at, 0), min(at + chunk, len(out))
+                    out[low:high] = whole[low - at : high - at]
+                at += chunk
         return out
 
     def _expand(self, body: NDArray[np.uint8], out: NDArray[Any]) -> None:
@@ -194,9 +197,12 @@ class _Once(Generic[Key, Value]):
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._futures: dict[Key, Future[Value]] = {}
+        self._values: dict[Key, Value] = {}
 
     def get(self, keys: Sequence[Key], fetch: Callable[[list[Key]], list[Value]]) -> list[Value]:
         """The values of the keys; those that nobody has asked for yet are fetched together."""
+        with suppress(KeyError):  # nearly always all are there, and no lock is needed
+            return [self._values[key] for key in keys]
         with self._lock:
             mine = [key for key in dict.fromkeys(keys) if key not in self._futures]
             self._futures |= {key: Future() for key in mine}
@@ -215,4 +221,5 @@ class _Once(Generic[Key, Value]):
                 future.set_exception(error)
             raise
         for key, value in zip(keys, values, strict=True):
+            self._values[key] = value
             self._futures[key].set_result(value)

@@ -262,7 +262,7 @@ class ViewSource:
         self._codes = {c.key: _Codes(view.column(c.key), c) for c in covariates}
         self._numbers = dict.fromkeys([*schema.continuous, *([schema.size_factor] if schema.size_factor else [])])
         self._measured = np.array(schema.measured, bool)
-        self._arrays = Arrays(view.path, Recycled())
+        self._arrays, self._checked = Arrays(view.path, Recycled()), False
 
     def __reduce__(self) -> tuple[type[ViewSource], tuple[View, Schema]]:
         return ViewSource, (self.view, self.schema)  # neither the indexes of shards nor locks travel
@@ -350,7 +350,8 @@ class ViewSource:
 
     def _read(self, rows: slice) -> Batch:
         schema, n = self.schema, rows.stop - rows.start
-        self._check_lengths()
+        if not self._checked:
+            self._check_lengths()
         named = [*self._codes, *self._numbers]
         indptr, *columns = self._arrays.read(
             Slice("indptr", rows.start, rows.stop + 1), *(Slice(array_name(k), rows.start, rows.stop) for k in named)
@@ -392,3 +393,4 @@ class ViewSource:
             wanted = expected.get(layout.name, self.n_rows)
             if layout.length != wanted:
                 raise ValueError(f"{layout.name} has {layout.length} entries instead of {wanted}")
+        self._checked = True

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from scviaduct.errors import ConfigError
 from scviaduct.schema import Batch
+from scviaduct.storage import loader
 from scviaduct.storage.loader import Loader, MemorySource, Prefetched, cut, gather, stream
 from scviaduct.storage.memory import Recycled
 from scviaduct.storage.sampler import Sampler, Split
@@ -128,9 +129,9 @@ def test_batches_that_are_kept_are_never_overwritten():
     """Memory is used again, but only that of batches nobody has any more."""
     whole = cells(2000)
     sampler = Sampler(n_rows=2000, block_rows=64, batch_size=40)
-    loader, kept = Loader(MemorySource(whole, 64), sampler), []
+    made, kept = Loader(MemorySource(whole, 64), sampler), []
     for epoch in range(3):
-        with loader.epoch(epoch) as batches:
+        with made.epoch(epoch) as batches:
             kept += [b for k, b in enumerate(batches) if k % 7 == 0]
     for batch in kept:
         np.testing.assert_array_equal(dense(batch), dense(whole)[batch.rows])
@@ -212,6 +213,21 @@ def test_leaving_early_stops_the_thread():
     with Prefetched(lambda: iter(range(10**9)), depth=2) as items:
         assert next(iter(items)) == 0
     assert threading.active_count() == before
+
+
+def test_leaving_an_epoch_early_ends_its_threads_and_reads_no_further(monkeypatch):
+    class Counting(MemorySource):
+        reads = 0
+
+        def read(self, block):
+            self.reads += 1
+            return super().read(block)
+
+    monkeypatch.setattr(loader, "_RUN_CELLS", 20)
+    before, source = threading.active_count(), Counting(cells(3000), 5)
+    with Loader(source, Sampler(n_rows=3000, block_rows=5, batch_size=20, n_lanes=1)).epoch(0) as batches:
+        assert next(iter(batches)).n_cells == 20
+    assert threading.active_count() == before and 4 <= source.reads < 600
 
 
 def test_items_are_made_ahead_and_waiting_is_measured():

@@ -16,7 +16,7 @@ from scviaduct.errors import ConfigError, IncompleteError, UnreadableFileError
 from scviaduct.storage.atlas import Atlas
 from scviaduct.storage.convert import convert
 from scviaduct.storage.loader import Loader, stream
-from scviaduct.storage.places import Span, absolute, file_sizes, is_remote, local, place, read_spans
+from scviaduct.storage.places import Folder, Span, absolute, file_sizes, is_remote, local, place, read_spans
 from scviaduct.storage.prepare import prepare
 from scviaduct.storage.sampler import Sampler
 from scviaduct.storage.view import View
@@ -81,6 +81,21 @@ def test_files_that_are_gone_are_named(folder):
     with pytest.raises(FileNotFoundError) as raised:
         read_spans(folder, [Span("f", 0, 1), Span("gone", 0, 1)])
     assert raised.value.filename == "gone"
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="counts open files as Linux tells them")
+def test_files_of_a_folder_stay_open_but_not_many(tmp_path):
+    def opened():
+        return {p.resolve().name for p in Path("/proc/self/fd").iterdir() if tmp_path in p.resolve().parents}
+
+    for name in "abcd":
+        (tmp_path / name).write_bytes(name.encode() * 3)
+    folder = Folder(tmp_path, held=2)
+    for name in "abacada":
+        assert folder.read(Span(name, 1, 3), np.empty).tobytes() == name.encode() * 2
+    assert opened() == {"a", "d"}
+    del folder
+    assert opened() == set()
 
 
 GENES = 300
