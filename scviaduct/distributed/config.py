@@ -29,6 +29,18 @@ def _not_negative(record: object, name: str) -> None:
         raise ConfigError(f"{name} must not be negative, not {value}.")
 
 
+def _range(workers: int | str) -> tuple[int, int]:
+    """Fewest and most of "4" or "1..4"."""
+    fewest, dots, most = str(workers).partition("..")
+    try:
+        both = int(fewest), int(most if dots else fewest)
+    except ValueError:
+        both = (0, 0)
+    if not 1 <= both[0] <= both[1]:
+        raise ConfigError(f"workers must be a number above 0, or a range like 1..4, not {workers!r}.")
+    return both
+
+
 @Parameter(name="*")
 @dataclass(frozen=True, kw_only=True)
 class FitConfig:
@@ -162,8 +174,9 @@ class TrainConfig:
     """"scarches": two layers, covariates in the encoder, layer norm; what references to be mapped onto want."""
     set: tuple[str, ...] = ()
     """Model option as name=value, e.g. --set n_latent=20; may be repeated."""
-    workers: int = 1
-    """Processes. 1 trains in this process, more train under Ray with DistributedDataParallel."""
+    workers: int | str = 1
+    """Processes. 1 trains in this process, more train under Ray with DistributedDataParallel. A range, 1..4, goes on with
+    fewer when some are lost, and with more when there is room again."""
     address: str | None = None
     """Address of a running Ray cluster. Default: Ray is started on this machine when it is needed."""
     gpus_per_worker: float | None = None
@@ -175,7 +188,11 @@ class TrainConfig:
     keep_checkpoints: int = 2
     """Newest checkpoints to keep; the last one at the end of a best epoch stays besides."""
     max_failures: int = 3
-    """Lost workers to recover from before giving up."""
+    """Lost workers, and errors that may pass, to recover from before giving up."""
+    hang_seconds: float = 600.0
+    """A worker that begins no step for so long hangs; the others go on without it, from the newest checkpoint."""
+    resize_seconds: float = 60.0
+    """Time between two looks for room to grow, with a range of workers."""
     log_cells: bool = False
     """Record which cells each step saw, under `out`/cells."""
     name: str | None = None
@@ -188,11 +205,23 @@ class TrainConfig:
     """Where MLflow keeps the record."""
 
     def __post_init__(self) -> None:
-        _positive(self, "workers", "keep_checkpoints")
+        _positive(self, "keep_checkpoints", "hang_seconds", "resize_seconds")
         Every.parse(self.checkpoint_every)
         _not_negative(self, "gpus_per_worker")
-        if self.workers > self.fit.n_lanes:
-            raise ConfigError(f"{self.workers} workers need --n-lanes {self.workers} or more (now {self.fit.n_lanes}).")
+        _not_negative(self, "max_failures")
+        most = self.most_workers
+        if most > self.fit.n_lanes:
+            raise ConfigError(f"{most} workers need --n-lanes {most} or more (now {self.fit.n_lanes}).")
+
+    @property
+    def fewest_workers(self) -> int:
+        """Below so many nothing runs."""
+        return _range(self.workers)[0]
+
+    @property
+    def most_workers(self) -> int:
+        """So many where there is room."""
+        return _range(self.workers)[1]
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready record; `from_dict` is its inverse."""

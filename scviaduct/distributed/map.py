@@ -27,7 +27,7 @@ from scviaduct.distributed.config import MapConfig
 from scviaduct.distributed.datafacts import tell_data
 from scviaduct.distributed.lineage import record_of_result, tags_of_mapping
 from scviaduct.distributed.loop import embedded, fit
-from scviaduct.distributed.nodes import require_resources, require_shared_files
+from scviaduct.distributed.nodes import require_gpu, require_resources, require_shared_files
 from scviaduct.distributed.registered import find_model
 from scviaduct.distributed.tracking import Data, Tracker, flat
 from scviaduct.distributed.transfer import Neighbours, Transferred
@@ -177,6 +177,7 @@ def _named_once(queries: Sequence[str | Path]) -> list[Path]:
 def _results(reference: Reference, paths: list[Path], config: MapConfig) -> Iterator[Mapped]:
     """Each query's result as it is ready."""
     if config.workers == 1 and not config.address:
+        require_gpu(config.gpus_per_worker)
         for path in paths:
             yield map_one(reference, path, config)
         return

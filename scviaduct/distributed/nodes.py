@@ -9,6 +9,8 @@ from __future__ import annotations
 import uuid
 from pathlib import Path
 
+import torch
+
 from scviaduct.errors import ConfigError
 from scviaduct.storage.places import exists, place
 
@@ -33,6 +35,19 @@ def require_resources(workers: int, gpus_per_worker: float) -> None:
         raise ConfigError(
             f"{workers} workers with {gpus_per_worker:g} GPUs each need {workers * gpus_per_worker:g}, but the cluster "
             f"has {gpus:g}: {fix}, or start nodes that have them."
+        )
+
+
+def require_gpu(gpus_per_worker: float | None) -> None:
+    """Refuse GPUs that were asked for in a process of its own on a machine without.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    if gpus_per_worker and not torch.cuda.is_available():
+        raise ConfigError(
+            f"--gpus-per-worker {gpus_per_worker:g}, but this machine has no GPU that torch can use: leave it out, or "
+            "give the --address of a cluster that has some."
         )
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from scviaduct.distributed.cadence import Every
+from scviaduct.distributed.failures import refusal
 from scviaduct.distributed.journal import unsent
 from scviaduct.errors import UnreadableFileError
 from scviaduct.storage.manifest import read_json
@@ -28,6 +29,7 @@ class RunStatus:
     """"stopped": nothing was written for longer than checkpoints and epochs take; `train --resume` goes on."""
     model: str
     workers: int
+    """Of the last start."""
     attempt: int
     """Times that it was started."""
     epoch: int
@@ -67,13 +69,14 @@ def run_status(run: str | Path, *, now: float | None = None) -> RunStatus:
     at = read_json(newest) if newest else {"epoch": 0, "step": 0, "finished": False}
     last = history[-1] if history else {}
     silent = now - _last_written(folder)
-    refused = folder / "refused.json"
+    refused = refusal(folder)
+    starts = read_json(folder / "attempts.json") if (folder / "attempts.json").exists() else []
     return RunStatus(
         run=folder,
         state=_state(folder, config, last, silent),
         model=config["model"],
-        workers=config["workers"],
-        attempt=read_json(folder / "attempts.json") if (folder / "attempts.json").exists() else 0,
+        workers=starts[-1]["workers"] if starts else 0,
+        attempt=len(starts),
         epoch=len(history),
         max_epochs=config["fit"]["max_epochs"],
         step=at["step"] if at["epoch"] >= len(history) else 0,
@@ -82,7 +85,7 @@ def run_status(run: str | Path, *, now: float | None = None) -> RunStatus:
         cells_per_second=last.get("cells_per_second"),
         seconds_left=_left(history, config["fit"]["max_epochs"]),
         record=last,
-        reason=read_json(refused) if refused.exists() else "",
+        reason=str(refused) if refused else "",
         unsent=unsent(folder),
     )
 

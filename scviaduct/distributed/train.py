@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -38,6 +39,7 @@ from scviaduct.distributed.options import model_config
 from scviaduct.distributed.saver import Saver
 from scviaduct.distributed.start import options_of, start_from
 from scviaduct.distributed.tracking import Tracker, flat
+from scviaduct.distributed.watch import Watch
 from scviaduct.distributed.workers import Workers, device
 from scviaduct.errors import ConfigError
 from scviaduct.models import model_class
@@ -53,7 +55,8 @@ Options = TypeVar("Options", TrainConfig, FitConfig)
 
 _FREE_ON_RESUME = {
     *("out", "workers", "address", "gpus_per_worker", "resume"),
-    *("checkpoint_every", "keep_checkpoints", "max_failures", "tracking", "log_cells"),
+    *("checkpoint_every", "keep_checkpoints", "max_failures", "hang_seconds", "resize_seconds", "tracking"),
+    "log_cells",
 }
 
 
@@ -97,7 +100,7 @@ def train(atlas: str | Place, config: TrainConfig, *, on_epoch: OnEpoch | None =
     model = kind(schema, options)
     plan = config.fit.plan(kind.plan, view.n_rows, refines=start is not None)
     config = dataclasses.replace(config, fit=config.fit.decided(plan))
-    samplers(model, view.source(schema), config.fit, Workers(0, config.workers))
+    samplers(model, view.source(schema), config.fit, Workers(0, config.most_workers))
     if start:
         start_from(model, start)
     job = Job(str(atlas), config, schema, asdict(options))
@@ -135,7 +138,7 @@ def work(job: Job) -> None:
     source = View.open(job.atlas, config.view).source(job.schema)
     kind = model_class(config.model)
     batch_size = config.fit.plan(kind.plan, source.n_rows).batch_size
-    torch.set_num_threads(config.fit.threads_for(batch_size, config.workers, torch.multiprocessing.cpu_count()))
+    torch.set_num_threads(config.fit.threads_for(batch_size, workers.world_size, torch.multiprocessing.cpu_count()))
     torch.manual_seed(config.fit.seed)
     model = kind(job.schema, kind.Config(**job.model_options)).to(device())
     if config.init_from:
@@ -143,7 +146,9 @@ def work(job: Job) -> None:
     tell_data(model, source)
     attempt = _next_attempt(job.out, workers)
     store, every = Checkpoints(job.out / "checkpoints"), Every.parse(config.checkpoint_every)
-    with Saver(store, every, config.keep_checkpoints) as saver:
+    watch = Watch(job.out / "stacks", config.hang_seconds, attempt, workers)
+    model.register_forward_pre_hook(watch.beat)
+    with watch, Saver(store, every, config.keep_checkpoints) as saver:
         hooks = Hooks(
             saver=saver,
             cells=CellLog(job.out / "cells", workers.rank, attempt) if config.log_cells else None,
@@ -216,12 +221,13 @@ def _append(path: Path, record: dict[str, float]) -> None:
 
 
 def _next_attempt(out: Path, workers: Workers) -> int:
-    """How often this run has been started, this time included; the same number on every rank."""
+    """How often this run has been started, this time included, by the record of it; the same on every rank."""
     count = torch.zeros(1)
     if workers.rank == 0:
         file = out / "attempts.json"
-        count += (read_json(file) if file.exists() else 0) + 1
-        write_json_atomic(file, int(count))
+        starts = [*(read_json(file) if file.exists() else []), {"workers": workers.world_size, "at": time.time()}]
+        write_json_atomic(file, starts)
+        count += len(starts)
     return int(workers.total(count))
 
 

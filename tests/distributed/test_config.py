@@ -163,3 +163,23 @@ def test_model_options():
 def test_model_options_that_do_not_exist(text, message):
     with pytest.raises(ConfigError, match=message):
         model_config(SCVI, "default", [text])
+
+
+@pytest.mark.parametrize(
+    ("workers", "fewest", "most"), [(1, 1, 1), (4, 4, 4), ("4", 4, 4), ("1..4", 1, 4), ("2..2", 2, 2)]
+)
+def test_workers_are_a_number_or_a_range(workers, fewest, most):
+    config = TrainConfig(out=Path("run"), workers=workers)
+    assert (config.fewest_workers, config.most_workers) == (fewest, most)
+    assert TrainConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+@pytest.mark.parametrize("workers", [0, -1, "0..2", "4..1", "many", "1..", "..3", "1...3", "1..2..3", ""])
+def test_what_is_no_number_of_workers_is_refused(workers):
+    with pytest.raises(ConfigError, match="workers must be a number above 0, or a range like 1..4, not"):
+        TrainConfig(out=Path("run"), workers=workers)
+
+
+def test_a_range_needs_a_lane_for_each_of_the_most_workers():
+    with pytest.raises(ConfigError, match="17 workers need --n-lanes 17"):
+        TrainConfig(out=Path("run"), workers="1..17")

@@ -45,7 +45,7 @@ def test_what_is_left_is_counted_from_the_last_epochs(unfinished):
 
 
 def test_a_refused_run_says_why(unfinished):
-    (unfinished / "refused.json").write_text('"the loss is not finite"')
+    (unfinished / "refused.json").write_text('{"error": "DataError", "message": "the loss is not finite"}')
     found = run_status(unfinished)
     assert (found.state, found.reason) == ("refused", "the loss is not finite")
 

@@ -266,5 +266,5 @@ def test_a_refusal_in_a_worker_is_not_tried_again(atlas, config, tmp_path, ray_c
     begin = time.monotonic()
     with pytest.raises(DataError, match="The loss became"):
         train(atlas, config(tmp_path / "run", workers=2, lr=1e30, preset="scarches"))
-    assert json.loads((tmp_path / "run" / "attempts.json").read_text()) == 1
+    assert len(json.loads((tmp_path / "run" / "attempts.json").read_text())) == 1
     assert time.monotonic() - begin < 120
