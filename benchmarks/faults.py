@@ -23,6 +23,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,8 @@ SMALL = ("n_hidden=32", "n_latent=5")
 STEPS = Sampler(n_rows=CELLS, block_rows=64, batch_size=BATCH, split=Split(0.1, 0)).steps
 EVERY = (40, 200)
 """Steps between two faults, at random."""
+HANG = 20.0
+"""Less than a step or a start of the group may take; on a busy machine that is long."""
 _work = training.work
 
 
@@ -158,7 +161,7 @@ class Run:
             parts = [np.fromfile(p, np.int64) for p in self.out.glob(f"cells/attempt-{attempt:04d}.*")]
             rows = np.concatenate([p[: len(p) // 3 * 3].reshape(-1, 3) for p in parts])
             ends.append((_position(rows).min(), _position(rows).max()))
-        return [max(0, int(last - first) + 1) for (_, last), (first, _) in zip(ends, ends[1:], strict=False)]
+        return [max(0, int(last - first) + 1) for (_, last), (first, _) in pairwise(ends)]
 
     def wrong_cells(self) -> int:
         """Cells that an epoch saw twice or never."""
@@ -331,12 +334,12 @@ def transient_error(lab: Lab) -> Iterator[dict[str, Any]]:
 
 
 def rank_hangs(lab: Lab) -> Iterator[dict[str, Any]]:
-    """One of two ranks does nothing any more; the limit is 4 seconds."""
-    yield from _planned(lab, "hang", "rank hangs (limit 4 s), 2 workers")
+    """One of two ranks does nothing any more; the limit is `HANG` seconds."""
+    yield from _planned(lab, "hang", f"rank hangs (limit {HANG:g} s), 2 workers")
 
 
 def _planned(lab: Lab, kind: str, name: str) -> Iterator[dict[str, Any]]:
-    run = Run(lab.config(kind, workers=2, hang_seconds=4.0))
+    run = Run(lab.config(kind, workers=2, hang_seconds=HANG))
     at = np.cumsum([lab.pause() for _ in range(lab.times)]).tolist()
     plan = [[p // STEPS, p % STEPS, int(lab.rng.integers(2)), kind] for p in at]
     Path(f"{run.out}.plan").write_text(json.dumps(plan))

@@ -176,7 +176,7 @@ def test_workers_are_a_number_or_a_range(workers, fewest, most):
 
 @pytest.mark.parametrize("workers", [0, -1, "0..2", "4..1", "many", "1..", "..3", "1...3", "1..2..3", ""])
 def test_what_is_no_number_of_workers_is_refused(workers):
-    with pytest.raises(ConfigError, match="workers must be a number above 0, or a range like 1..4, not"):
+    with pytest.raises(ConfigError, match=r"workers must be a number above 0, or a range like 1\.\.4, not"):
         TrainConfig(out=Path("run"), workers=workers)
 
 

@@ -249,8 +249,8 @@ HANGS = """
 
     CellLog.write = stuck_in_a_read
     job = pickle.loads((folder / "job.pickle").read_bytes())
-    address = f"file://{folder}/group"
-    distributed.init_process_group("gloo", init_method=address, rank=rank, world_size=2, timeout=timedelta(seconds=4))
+    distributed.init_process_group("gloo", init_method=f"file://{folder}/group", rank=rank, world_size=2)
+    distributed.distributed_c10d._set_pg_timeout(timedelta(seconds=4))
     try:
         attempt(work, job)
     except Exception as error:
