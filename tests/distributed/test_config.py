@@ -77,7 +77,7 @@ def test_defaults_are_those_of_scvi_tools(name, upstream):
 
 def test_the_table_of_defaults_is_true():
     text = (Path(__file__).parents[2] / "docs" / "training.md").read_text()
-    lines = text[text.index("## Each model's defaults") :].splitlines()
+    lines = text.partition("## Each model's defaults")[2].partition("\n## ")[0].splitlines()
     table = [[c.strip(" `") for c in line.strip("|").split("|")] for line in lines if line.startswith("|")]
     names, rows = table[0][1:], table[2:]
     assert set(names) == set(MODELS) and len(rows) > 10
