@@ -10,12 +10,14 @@ the gradients are a (1 - p) for the logit, the sum of a (1 - d) over regions for
 the region. Limits are those of torch's BCELoss, which PeakVI uses: a term is at most 100, and dL/dq is divided by at
 least 1e-12.
 
-On CPUs the only (cells, regions) array is the layer's output, whose entries the kernel replaces by their gradients: one
-pass, region tile by region tile, so that all a tile needs stays in the cache. Other devices and float64 use torch.
+On CPUs no (cells, regions) array exists. Some thousand regions at a time, the layer's output is computed, the kernel replaces
+it by its gradients, and these become gradients of the hidden units and of the weight while they are in the cache. Other
+devices and float64 use torch.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numba
@@ -27,9 +29,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from scviaduct.errors import DataError
-from scviaduct.models.counts import Counts, empty, use_threads
+from scviaduct.models.counts import Counts, use_threads
 from scviaduct.models.likelihood_kernels import Nonzeros
 from scviaduct.models.likelihoods import Reconstruction
+from scviaduct.models.memory import empty
+from scviaduct.models.products import times_transposed
 from scviaduct.models.vectormath import RELAXED, exp, log
 
 Row = NDArray[np.float32]
@@ -37,7 +41,10 @@ _f = np.float32
 _ZERO, _ONE = _f(0.0), _f(1.0)
 _MOST, _FLOOR = 100.0, 1e-12  # torch's BCELoss: -log is at most 100, q (1 - q) at least 1e-12 in the gradient
 _CAP, _SCALE = _f(_MOST), _f(1.0 / _FLOOR)
-_TILE = 2048  # regions: the rows of a tile are 56 KB
+_TILE = 512  # regions: a thread's share; the seven rows of a tile are 14 KB and stay in the first cache
+_BLOCK = (
+    8 * _TILE
+)  # regions whose logits exist at a time, whoever computes them: the sums must not depend on the threads
 _BIAS, _YES, _NO, _COST, _SEEN, _BY_BIAS, _BY_REGION = range(0, 7 * _TILE, _TILE)
 
 
@@ -104,13 +111,22 @@ def _mark(genes: NDArray[np.int32], counts: Row, lo: int, hi: int, w: Row) -> in
 
 @numba.njit(forceinline=True, nogil=True, cache=True, error_model="numpy")
 def _tiles(
-    x: Nonzeros, logits: Row, bias: Row, f: _Terms, d: _Terms, weight: np.float32, out: _Out, first: int, last: int
+    x: Nonzeros,
+    start: int,
+    logits: Row,
+    bias: Row,
+    f: _Terms,
+    d: _Terms,
+    weight: np.float32,
+    out: _Out,
+    first: int,
+    last: int,
 ) -> int:
-    """Fill `out` for some tiles; returns how many non-zeros were found in them.
+    """Fill `out` for some tiles, the logits of which begin with region `start`; returns how many non-zeros are in them.
 
     All of a tile's rows are in one array at constant distances: LLVM gives up on proving that seven arrays do not overlap.
     """
-    n, width = logits.shape
+    n, width = logits.shape[0], bias.size
     w, found = np.empty(7 * _TILE, np.float32), 0
     for tile in range(first, last):
         lo, hi = tile * _TILE, min(width, (tile + 1) * _TILE)
@@ -121,24 +137,30 @@ def _tiles(
         for i in range(n):
             genes, counts = x.genes[x.indptr[i] : x.indptr[i + 1]], x.counts[x.indptr[i] : x.indptr[i + 1]]
             found += _mark(genes, counts, lo, hi, w)
-            out.loss[tile, i], out.depth[tile, i] = _row(logits[i, lo:hi], w, (d.yes[i], d.no[i], d.cost[i]), weight)
+            out.loss[tile, i], out.depth[tile, i] = _row(
+                logits[i, lo - start : hi - start], w, (d.yes[i], d.no[i], d.cost[i]), weight
+            )
             w[_SEEN : _SEEN + size] = _ZERO
         out.bias[lo:hi], out.region[lo:hi] = w[_BY_BIAS : _BY_BIAS + size], w[_BY_REGION : _BY_REGION + size]
     return found
 
 
 @numba.njit(nogil=True, cache=True, error_model="numpy")
-def _one_thread(x: Nonzeros, logits: Row, bias: Row, f: _Terms, d: _Terms, weight: np.float32, out: _Out) -> int:
-    return _tiles(x, logits, bias, f, d, weight, out, 0, out.loss.shape[0])
+def _one_thread(
+    x: Nonzeros, start: int, logits: Row, bias: Row, f: _Terms, d: _Terms, weight: np.float32, out: _Out
+) -> int:
+    first = start // _TILE
+    return _tiles(x, start, logits, bias, f, d, weight, out, first, first - (-logits.shape[1] // _TILE))
 
 
 @numba.njit(nogil=True, cache=True, error_model="numpy", parallel=True)
 def _threads(
-    x: Nonzeros, logits: Row, bias: Row, f: _Terms, d: _Terms, weight: np.float32, out: _Out, chunks: int
+    x: Nonzeros, start: int, logits: Row, bias: Row, f: _Terms, d: _Terms, weight: np.float32, out: _Out, chunks: int
 ) -> int:
-    tiles, found = out.loss.shape[0], 0
+    first, tiles, found = start // _TILE, -(-logits.shape[1] // _TILE), 0
     for chunk in numba.prange(chunks):
-        found += _tiles(x, logits, bias, f, d, weight, out, tiles * chunk // chunks, tiles * (chunk + 1) // chunks)
+        begin, end = first + tiles * chunk // chunks, first + tiles * (chunk + 1) // chunks
+        found += _tiles(x, start, logits, bias, f, d, weight, out, begin, end)
     return found
 
 
@@ -150,46 +172,68 @@ def _terms(logits: Tensor | None, size: int) -> _Terms:
     return _Terms(*(a.contiguous().numpy() for a in (torch.sigmoid(t), torch.sigmoid(-t), F.softplus(-t))))
 
 
+class _Layer(NamedTuple):
+    """The decoder's last layer and its gradients, by its input and by its weight, where they are wanted."""
+
+    h: Tensor
+    weight: Tensor
+    by_h: Tensor | None
+    by_weight: Tensor | None
+
+
+def _blocks(layer: _Layer, fill: Callable[[int, Tensor], int]) -> int:
+    """Compute the logits block by block, have `fill` turn them into their gradients, and use these; returns its sum."""
+    units, found = layer.h.T.contiguous(), 0
+    for start in range(0, len(layer.weight), _BLOCK):
+        rows = layer.weight[start : start + _BLOCK]
+        slopes = times_transposed(layer.h, rows)
+        found += fill(start, slopes)
+        if layer.by_weight is not None:
+            layer.by_weight[start : start + _BLOCK] = times_transposed(slopes.T, units)
+        if layer.by_h is not None:
+            layer.by_h.add_(times_transposed(slopes, rows.T))
+    return found
+
+
 class _Fused(torch.autograd.Function):
-    """The layer, the loss and the gradient of the layer's output; backward is the layer's."""
+    """The layer, the loss and all gradients at once; backward only scales them, and gives them away."""
 
     @staticmethod
     def forward(
-        ctx: Any, counts: Counts, h: Tensor, weight: Tensor, bias: Tensor, depth: Tensor | None, region: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
+        ctx: Any, counts: Counts, trains: bool, h: Tensor, weight: Tensor, bias: Tensor, depth: Tensor | None,  # noqa: FBT001
+        region: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         n, width = counts.n_cells, counts.n_genes
-        slopes, tiles = empty(n, width), -(-width // _TILE)
-        torch.mm(h, weight.T, out=slopes)
+        _, _, wants_h, wants_weight, *_ = ctx.needs_input_grad
+        by_h = torch.zeros_like(h) if trains and wants_h else None
+        layer = _Layer(h, weight, by_h, empty(*weight.shape) if trains and wants_weight else None)
+        tiles = -(-width // _TILE)
         out = [torch.empty(tiles, n), torch.empty(tiles, n), torch.empty(width), torch.empty(width)]
-        chunks, arrays = use_threads(n), _Out(*(t.numpy() for t in out))
+        chunks = use_threads(n)
         arguments = (
-            counts.nonzeros, slopes.numpy(), bias.detach().numpy(), _terms(region, width), _terms(depth, n), _f(1.0 / n),
-            arrays,
+            bias.detach().numpy(), _terms(region, width), _terms(depth, n), _f(1.0 / n), _Out(*(t.numpy() for t in out)),
         )  # fmt: skip
-        found = _one_thread(*arguments) if chunks == 1 else _threads(*arguments, chunks)
-        if found != len(counts.nonzeros.genes):
+
+        def fill(start: int, logits: Tensor) -> int:
+            if chunks == 1:
+                return int(_one_thread(counts.nonzeros, start, logits.numpy(), *arguments))
+            return int(_threads(counts.nonzeros, start, logits.numpy(), *arguments, chunks))
+
+        if _blocks(layer, fill) != len(counts.nonzeros.genes):
             raise DataError("A batch has cells whose regions are not in increasing order; sort each cell's indices")
-        loss = out[0].sum(0)
-        ctx.save_for_backward(slopes, h, weight, out[1].sum(0), *out[2:])
+        loss, by_depth, by_bias, by_region = out[0].sum(0), out[1].sum(0), out[2], out[3]
+        ctx.gradients = [by_h, layer.by_weight, by_bias, by_depth, by_region]
         ctx.mark_non_differentiable(loss)
         return loss.mean(), loss
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        slopes, h, weight, by_depth, by_bias, by_region = ctx.saved_tensors
-        _, wants_h, wants_weight, wants_bias, wants_depth, wants_region = ctx.needs_input_grad
-        by_weight = None
-        if wants_weight:
-            by_weight = torch.mm(slopes.T, h * grad, out=empty(*weight.shape))
-        return (
-            None,
-            (slopes @ weight).mul_(grad) if wants_h else None,
-            by_weight,
-            by_bias * grad if wants_bias else None,
-            by_depth * grad if wants_depth else None,
-            by_region * grad if wants_region else None,
-        )
+        gradients, ctx.gradients = ctx.gradients, None  # the optimiser's without a copy, as nobody else holds them
+        if float(grad) != 1.0:
+            gradients = [None if g is None else g.mul_(grad) for g in gradients]
+        wanted = ctx.needs_input_grad[2:]
+        return (None, None, *(g if wants else None for g, wants in zip(gradients, wanted, strict=True)))
 
 
 def bernoulli(counts: Counts, h: Tensor, weight: Tensor, bias: Tensor, factors: Factors) -> Reconstruction:
@@ -217,7 +261,9 @@ def bernoulli(counts: Counts, h: Tensor, weight: Tensor, bias: Tensor, factors: 
         if tensor is not None and tuple(tensor.shape) != shape:
             raise ValueError(f"{name} has shape {tuple(tensor.shape)}, not {shape}")
     if h.device.type == "cpu" and h.dtype == torch.float32:
-        mean, loss = _Fused.apply(counts, h.contiguous(), weight.contiguous(), bias.contiguous(), *factors)
+        mean, loss = _Fused.apply(
+            counts, torch.is_grad_enabled(), h.contiguous(), weight.contiguous(), bias.contiguous(), *factors
+        )
     else:
         loss = negative_log_likelihood(counts.dense > 0, F.linear(h, weight, bias), factors).sum(1)
         mean = loss.mean()

@@ -20,6 +20,7 @@ from torch.autograd.function import once_differentiable
 
 from scviaduct.errors import DataError
 from scviaduct.models.likelihood_kernels import Nonzeros
+from scviaduct.models.memory import empty
 from scviaduct.schema import MISSING, Batch, Schema
 
 TRANSFORMS = ("log1p", "counts", "binary")
@@ -31,14 +32,6 @@ _PARALLEL_FROM = 32  # cells: below this, waking threads costs more than it save
 def as_tensor(array: NDArray[Any], dtype: DTypeLike, device: torch.device) -> Tensor:
     """A numpy array on a device, without a copy where that is possible (torch needs memory it may write to)."""
     return torch.from_numpy(np.require(array, dtype, ["C", "W"])).to(device)
-
-
-def empty(*shape: int) -> Tensor:
-    """An uninitialised float32 tensor in numpy's memory.
-
-    numpy asks for huge pages: the 89 MB gradient of 50,000 regions then takes 20 ms to fill instead of 71.
-    """
-    return torch.from_numpy(np.empty(shape, np.float32))
 
 
 def use_threads(n_cells: int) -> int:

@@ -13,8 +13,8 @@ The loss is the negative ELBO per cell. That of scvi-tools is n sum(-log p) + kl
 n**2 times ours at kl_weight / n. Its KL divergence therefore weighs 1/128 at its batch size of 128, and another amount at
 another size. Here the weight is what the caller says, and a batch may be spread over workers.
 
-On CPUs the first layer multiplies sparse counts, once for both encoders, and the (cells, regions) output of the decoder is
-the only array of that size (see bernoulli).
+On CPUs the first layer multiplies sparse counts, once for both encoders, and no array of (cells, regions) is made: see
+bernoulli.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from scviaduct.errors import DataError
+from scviaduct.models import bernoulli as kernel
 from scviaduct.models.bernoulli import Factors, bernoulli, negative_log_likelihood
 from scviaduct.models.counts import Counts, Nonzeros
 from tests.models.test_likelihoods import CPU, counts_of
@@ -62,7 +63,7 @@ def inputs(n, regions, depth=True, region=True, seed=0, spread=1.0):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["kernel", "torch"])
 @pytest.mark.parametrize(("depth", "region"), [(True, True), (True, False), (False, True), (False, False)])
-@pytest.mark.parametrize(("n", "regions"), [(1, 5), (70, 300), (40, 5000)], ids=["one cell", "a tile", "three tiles"])
+@pytest.mark.parametrize(("n", "regions"), [(1, 5), (70, 300), (40, 5000)], ids=["one cell", "a tile", "two blocks"])
 def test_ordinary_values(n, regions, depth, region, dtype):
     assert_equal(*inputs(n, regions, depth, region), dtype=dtype)
 
@@ -193,3 +194,22 @@ def test_torch_operations_have_the_loss_of_bceloss():
     x, h, weight, bias, depth, region = (t if isinstance(t, np.ndarray) else t.double() for t in inputs(4, 20))
     loss = negative_log_likelihood(torch.from_numpy(x > 0), F.linear(h, weight, bias), Factors(depth, region)).sum(1)
     torch.testing.assert_close(loss, reference(x, h, weight, bias, depth, region)[0])
+
+
+def test_no_array_of_cells_by_regions_is_made(monkeypatch):
+    x, *tensors = inputs(20, 30_000)
+    sizes = []
+
+    def spy(f):
+        def call(*args):
+            out = f(*args)
+            sizes.append(out.numel())
+            return out
+
+        return call
+
+    for name in ("times_transposed", "empty"):
+        monkeypatch.setattr(kernel, name, spy(getattr(kernel, name)))
+    ours(x, *tensors)
+    assert len(sizes) > 3
+    assert max(sizes) <= max(tensors[1].numel(), 20 * kernel._BLOCK) < 20 * 30_000

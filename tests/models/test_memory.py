@@ -1,0 +1,87 @@
+import gc
+import weakref
+
+import numpy as np
+import pytest
+import torch
+
+from scviaduct.models import memory
+from scviaduct.models.bernoulli import Factors, bernoulli
+from scviaduct.models.memory import empty
+from scviaduct.models.products import times_transposed
+from tests.models.test_likelihoods import counts_of
+
+LARGE = memory._LARGE
+
+
+@pytest.fixture(autouse=True)
+def own_pool(monkeypatch):
+    monkeypatch.setattr(memory, "_POOL", memory._Pool())
+
+
+def test_memory_of_a_freed_tensor_is_used_again():
+    a = empty(3, LARGE)
+    place = a.data_ptr()
+    del a
+    assert empty(3, LARGE).data_ptr() == place
+
+
+def test_a_tensor_that_lives_shares_its_memory_with_nobody():
+    a, b = empty(LARGE), empty(LARGE)
+    a.fill_(1.0)
+    b.fill_(2.0)
+    view = a[5:]
+    del a
+    c = empty(LARGE).fill_(3.0)
+    assert float(view.sum()) == len(view)
+    assert float(b.sum()) == 2 * LARGE
+    assert c.is_contiguous()
+
+
+def test_batches_of_nearly_the_same_size_share_memory():
+    a = empty(LARGE + 100)
+    place = a.data_ptr()
+    del a
+    assert empty(LARGE + 3000).data_ptr() == place
+
+
+def test_memory_of_a_shape_that_is_gone_is_freed():
+    a = empty(8 * LARGE)
+    block = weakref.ref(memory._POOL.take(LARGE))
+    del a
+    gc.collect()
+    empty(LARGE)  # takes the small block
+    empty(3 * LARGE)  # nothing fits
+    assert block() is None
+    assert [b.size // LARGE for b in memory._POOL._free] == [3]
+
+
+def test_small_tensors_are_none_of_the_pool_s():
+    empty(2, 3).fill_(1.0)
+    assert memory._POOL._free == []
+
+
+def test_the_optimizer_s_gradient_is_memory_of_the_step_before():
+    """No copy between the kernel and `.grad`, and no new memory in the next step."""
+    rng = np.random.default_rng(0)
+    counts = counts_of(rng.poisson(0.1, (4, 9000)))
+    h = torch.randn(4, 40, requires_grad=True)
+    weight, bias = torch.randn(9000, 40, requires_grad=True), torch.randn(9000, requires_grad=True)
+    places = set()
+    for _ in range(4):
+        weight.grad = None
+        bernoulli(counts, h, weight, bias, Factors(None, None)).mean.backward()
+        places.add(weight.grad.data_ptr())
+    assert len(places) == 1
+
+
+@pytest.mark.parametrize("onednn", [True, False])
+@pytest.mark.parametrize("shape", [(128, 223, 1000), (1, 7, 5), (0, 7, 5), (3, 1, 1)])
+def test_products_are_those_of_float64(monkeypatch, shape, onednn):
+    if not onednn:
+        monkeypatch.setattr("scviaduct.models.products._ONEDNN", None)
+    n, k, m = shape
+    x, w = torch.randn(n, k), torch.randn(m, k)
+    for a, b in ((x, w), (x.T.contiguous().T, w.T.contiguous().T)):
+        wide = (a.double() @ b.double().T).float()
+        torch.testing.assert_close(times_transposed(a, b), wide, rtol=1e-5, atol=1e-5 * k**0.5)
