@@ -54,8 +54,6 @@ from scviaduct.storage.simulate import Biology
 CELLS, BATCH = 3000, 16
 SMALL = ("n_hidden=32", "n_latent=5")
 STEPS = Sampler(n_rows=CELLS, block_rows=64, batch_size=BATCH, split=Split(0.1, 0)).steps
-EVERY = (40, 200)
-"""Steps between two faults, at random."""
 HANG = 20.0
 """Less than a step or a start of the group may take; on a busy machine that is long."""
 _work = training.work
@@ -71,6 +69,8 @@ class Lab:
     folder: Path
     times: int
     rng: np.random.Generator
+    between: tuple[int, int]
+    """Steps between two faults, at random."""
     weights: dict[int, dict[str, torch.Tensor]] = field(default_factory=dict)
 
     @property
@@ -90,7 +90,7 @@ class Lab:
     @property
     def epochs(self) -> int:
         """Enough for all faults of a run."""
-        return self.times * EVERY[1] // STEPS + 2
+        return self.times * self.between[1] // STEPS + 2
 
     def config(self, name: str, **changes: Any) -> TrainConfig:
         out = self.folder / f"{name}-{int(time.time())}"
@@ -108,7 +108,7 @@ class Lab:
         return self.weights[epochs]
 
     def pause(self) -> int:
-        return int(self.rng.integers(*EVERY))
+        return int(self.rng.integers(*self.between))
 
 
 @dataclass
@@ -136,7 +136,7 @@ class Run:
         rows = rows[: len(rows) // 3 * 3].reshape(-1, 3)
         return int(_position(rows[-1]) - _position(rows[0])) + 1 if len(rows) else 0
 
-    def wait(self, condition: Callable[[], bool], seconds: float = 300) -> bool:
+    def wait(self, condition: Callable[[], bool], seconds: float = 900) -> bool:
         """Until it holds; False when the run is done before."""
         end = time.monotonic() + seconds
         while not condition():
@@ -531,11 +531,12 @@ def main() -> None:
     parser.add_argument("faults", nargs="*", default=list(FAULTS), help=", ".join(FAULTS))
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--times", type=int, default=10)
+    parser.add_argument("--between", type=int, nargs=2, default=(40, 200), help="steps between two faults, at random")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
-    lab = Lab(options.work.absolute(), options.times, np.random.default_rng(options.seed))
+    lab = Lab(options.work.absolute(), options.times, np.random.default_rng(options.seed), tuple(options.between))
     lab.prepare()
     for name in options.faults:
         for row in FAULTS[name](lab):

@@ -131,6 +131,7 @@ class _Plan:
         self.chunks = range(start // layout.chunk, -(-stop // layout.chunk)) if start < stop else range(0)
         self.shards = range(self.chunks.start // layout.chunks, -(-self.chunks.stop // layout.chunks))
         self._cuts: list[list[tuple[int, int]]] = []
+        self._files: list[str] = []
 
     @classmethod
     def of(cls, layout: Layout, wanted: Slice) -> _Plan:
@@ -154,6 +155,7 @@ class _Plan:
                         spans.append(Span(file, begin, end))
                     begin = offset
                     self._cuts.append([])
+                    self._files.append(file)
                 end = offset + size
                 self._cuts[-1].append((offset - begin, end - begin))
             spans.append(Span(file, begin, end))
@@ -163,9 +165,9 @@ class _Plan:
         """The values of the slice, from the contents of its spans."""
         out = allocate(self.stop - self.start, self.layout.dtype)
         chunk, at = self.layout.chunk, self.chunks.start * self.layout.chunk - self.start
-        for content, cuts in zip(contents, self._cuts, strict=True):
+        for content, cuts, file in zip(contents, self._cuts, self._files, strict=True):
             for begin, end in cuts:
-                body = _checked(content[begin:end], self.layout.name)
+                body = _checked(content[begin:end], file)
                 if at >= 0 and at + chunk <= len(out):
                     self._expand(body, out[at : at + chunk])
                 else:  # the first and the last chunk hold values of neighbours

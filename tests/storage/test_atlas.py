@@ -192,7 +192,7 @@ def test_damaged_shard(atlas: Atlas) -> None:
     shard.write_bytes(raw)
     with pytest.raises(
         IncompleteError,
-        match=r"datasets/a/X: cells 0-49 cannot be read \(a checksum of data is wrong\); convert a again",
+        match=r"datasets/a/X: cells 0-49 cannot be read \(a checksum of data/c/0 is wrong\); convert a again",
     ):
         next(Atlas.open(atlas.path).chunks("a"))
     shard.write_bytes(raw[:-1])
