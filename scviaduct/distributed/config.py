@@ -15,6 +15,8 @@ from scviaduct.distributed.cadence import Every
 from scviaduct.errors import ConfigError
 from scviaduct.models.training import Monitor, Optimizer, TrainingPlan
 
+Precision = Literal["32", "tf32", "bf16"]
+
 
 def _positive(record: object, *names: str) -> None:
     for name in names:
@@ -98,12 +100,18 @@ class FitConfig:
     """Lanes of the sampler: the most workers this run may ever have."""
     deterministic: bool = False
     """The same bits for every number of workers: gradients are added lane by lane, in lane order (slower)."""
+    max_cells_per_pass: int | None = None
+    """Cells that a worker computes at once; more are computed one part after the other, and their gradients added up.
+    For batches that are too large for a GPU's memory, or when there are fewer workers than planned. Default: all."""
+    precision: Precision = "32"
+    """Of matrix products: 32; tf32 (on NVIDIA GPUs: 10 bits of mantissa); bf16 (bfloat16). All else, such as norms,
+    likelihoods, gradients and the optimizer, is float32 in any case."""
     threads: int | None = None
     """Threads of each worker. Default: 1; from 1,024 cells a worker and step on, the cores divided by the workers."""
 
     def __post_init__(self) -> None:
         _positive(self, "max_epochs", "batch_size", "lr", "eps", "n_lanes", "threads", "gradient_clip")
-        _positive(self, "early_stopping_patience")
+        _positive(self, "early_stopping_patience", "max_cells_per_pass")
         if not 0 <= self.validation_size < 1:
             raise ConfigError(f"validation_size must lie in [0, 1), not {self.validation_size}.")
         if self.validation_stratify_by and not self.validation_size:
@@ -254,6 +262,10 @@ class SurgeryConfig(FitConfig):
     """Share of the cells held out from training, chosen by a hash of row and seed."""
     validation_stratify_by: Annotated[str | None, Parameter(parse=False)] = None
     """Only for views: a query has codes, no columns."""
+    max_cells_per_pass: Annotated[int | None, Parameter(parse=False)] = None
+    """Only for train: a query trains few parameters."""
+    precision: Annotated[Precision, Parameter(parse=False)] = "32"
+    """Only for train: most of a query's products are computed once."""
     early_stopping: bool | None = True
     """Stop when the monitored number has not improved for a while, and keep the best epoch's weights."""
     early_stopping_monitor: Monitor | None = "elbo"

@@ -68,9 +68,7 @@ def fit(
             for batch in batches:
                 kl_weight = plan.kl_weight(progress.epoch, progress.epoch * train.steps + progress.step)
                 optimizer.zero_grad(set_to_none=True)
-                sums = backward(
-                    net, batch, kl_weight, train.rows_at(progress.step), workers, deterministic=config.deterministic
-                )
+                sums = backward(net, batch, kl_weight, train.rows_at(progress.step), workers, config)
                 _require_finite(sums, progress, batch)
                 if config.gradient_clip:
                     nn.utils.clip_grad_norm_(model.parameters(), config.gradient_clip)
@@ -85,9 +83,7 @@ def fit(
         seconds = time.perf_counter() - watch
         record = _means(workers.total(progress.sums), "_train") | {"kl_weight": kl_weight, "lr": _lr(optimizer)}
         if held_out:
-            record |= _means(
-                evaluate(model, source, held_out, workers, deterministic=config.deterministic), "_validation"
-            )
+            record |= _means(evaluate(model, source, held_out, workers, config), "_validation")
         record |= {"epoch": progress.epoch, "seconds": seconds, "data_wait": batches.waited / seconds}
         record["cells_per_second"] = train.n_kept * (train.steps - first) / train.steps / seconds
         progress.close_epoch(record)
@@ -124,14 +120,16 @@ def labelled(model: Model, source: BlockSource, train: Sampler) -> LabelledPlan 
 
 def samplers(model: Model, source: BlockSource, config: FitConfig, workers: Workers) -> tuple[Sampler, Sampler | None]:
     """The plan of the training cells and of the held-out ones, refusing sizes that cannot work together."""
-    if config.deterministic and model.couples_cells:
-        raise ConfigError(
-            "--deterministic computes lane by lane, but batch norm mixes the cells of a batch; use --preset scarches, "
-            "or --set use_batch_norm=none --set use_layer_norm=both. So does trvae's MMD: --set use_mmd=false."
-        )
+    _require_parts(model, config)
     if source.n_rows < 4 * workers.world_size:
         raise ConfigError(f"{source.n_rows} cells are too few for {workers.world_size} workers; use --workers 1.")
     batch_size = config.plan(model.plan, source.n_rows).batch_size
+    lane, most = -(-batch_size // config.n_lanes), config.max_cells_per_pass
+    if config.deterministic and most and most < lane:
+        raise ConfigError(
+            f"--deterministic computes lane by lane, {lane} cells each, not in passes of {most}: use --n-lanes "
+            f"{-(-batch_size // most)}."
+        )
     if workers.world_size > 1 and batch_size < 4 * workers.world_size:
         raise ConfigError(f"batch_size {batch_size} is too small for {workers.world_size} workers: 4 cells each.")
 
@@ -152,6 +150,17 @@ def samplers(model: Model, source: BlockSource, config: FitConfig, workers: Work
         )
 
     return sampler("train"), sampler("validation") if config.validation_size else None
+
+
+def _require_parts(model: Model, config: FitConfig) -> None:
+    """Refuse to compute a batch in parts where the model does not allow it."""
+    why = "computes lane by lane" if config.deterministic else "computes a batch in parts"
+    if model.couples_cells and (config.deterministic or config.max_cells_per_pass):
+        raise ConfigError(
+            f"--{'deterministic' if config.deterministic else 'max-cells-per-pass'} {why}, but batch norm mixes the "
+            "cells of a batch; use --preset scarches, or --set use_batch_norm=none --set use_layer_norm=both. So does "
+            "trvae's MMD: --set use_mmd=false."
+        )
 
 
 def _means(sums: Tensor, suffix: str) -> dict[str, float]:

@@ -40,7 +40,7 @@ from scviaduct.distributed.saver import Saver
 from scviaduct.distributed.start import options_of, start_from
 from scviaduct.distributed.tracking import Tracker, flat
 from scviaduct.distributed.watch import Watch
-from scviaduct.distributed.workers import Workers, device
+from scviaduct.distributed.workers import Workers, device, use_precision
 from scviaduct.errors import ConfigError
 from scviaduct.models import model_class
 from scviaduct.models.base import Model
@@ -139,6 +139,7 @@ def work(job: Job) -> None:
     kind = model_class(config.model)
     batch_size = config.fit.plan(kind.plan, source.n_rows).batch_size
     torch.set_num_threads(config.fit.threads_for(batch_size, workers.world_size, torch.multiprocessing.cpu_count()))
+    use_precision(config.fit.precision)
     torch.manual_seed(config.fit.seed)
     model = kind(job.schema, kind.Config(**job.model_options)).to(device())
     if config.init_from:

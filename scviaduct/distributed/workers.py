@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
+from scviaduct.errors import ConfigError
 from scviaduct.storage.labelled import LabelledLoader, LabelledPlan
 from scviaduct.storage.loader import BlockSource, Loader
 from scviaduct.storage.sampler import Sampler
@@ -20,6 +21,17 @@ from scviaduct.storage.sampler import Sampler
 def device() -> torch.device:
     """The GPU this process was given, else the CPU. Ray shows each worker its own GPU as the first."""
     return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def use_precision(precision: str) -> None:
+    """Let this process's GPU compute float32 products in TF32, or not.
+
+    Raises:
+        ConfigError: there is no GPU.
+    """
+    if precision == "tf32" and not torch.cuda.is_available():
+        raise ConfigError("--precision tf32 is of NVIDIA GPUs, and this worker has none; use 32 or bf16.")
+    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
 
 
 def pinned(n: int, dtype: Any) -> NDArray[Any]:
@@ -59,7 +71,8 @@ class Workers:
         if self.world_size == 1 or deterministic:
             return model
         # buffers need no broadcast at every step: batch norm's statistics are synchronised where they are made
-        return DistributedDataParallel(model, broadcast_buffers=False)
+        # gradients are views of what is summed, which saves copying them back
+        return DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
 
     def total(self, values: Tensor) -> Tensor:
         """The sum over all workers, on each of them."""

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from scviaduct.models.nets import CategoricalLinear, FCLayers, Hidden
+from scviaduct.models.nets import CategoricalLinear, FCLayers, Hidden, Linear
 from scviaduct.models.noise import Noise
 
 
@@ -47,7 +47,7 @@ class Adversary(nn.Module):
             deep=False,
         )
         self.hidden = FCLayers(CategoricalLinear(n_latent, hidden.n_hidden, ()), hidden)
-        self.logits = nn.Linear(hidden.n_hidden, n_batches)
+        self.logits = Linear(hidden.n_hidden, n_batches)
 
     def forward(self, z: Tensor, noise: Noise | None) -> Tensor:
         """(cells, n_latent) to (cells, batches) log probabilities."""

@@ -31,8 +31,9 @@ from torch.autograd.function import once_differentiable
 from scviaduct.errors import DataError
 from scviaduct.models.counts import Counts, use_threads
 from scviaduct.models.likelihood_kernels import Nonzeros
-from scviaduct.models.likelihoods import Reconstruction
+from scviaduct.models.likelihoods import Reconstruction, over_cells
 from scviaduct.models.memory import empty
+from scviaduct.models.nets import linear
 from scviaduct.models.products import times_transposed
 from scviaduct.models.vectormath import RELAXED, exp, log
 
@@ -211,7 +212,8 @@ class _Fused(torch.autograd.Function):
         out = [torch.empty(tiles, n), torch.empty(tiles, n), torch.empty(width), torch.empty(width)]
         chunks = use_threads(n)
         arguments = (
-            bias.detach().numpy(), _terms(region, width), _terms(depth, n), _f(1.0 / n), _Out(*(t.numpy() for t in out)),
+            bias.detach().numpy(), _terms(region, width), _terms(depth, n), _f(1.0 / max(1, n)),
+            _Out(*(t.numpy() for t in out)),
         )  # fmt: skip
 
         def fill(start: int, logits: Tensor) -> int:
@@ -224,7 +226,7 @@ class _Fused(torch.autograd.Function):
         loss, by_depth, by_bias, by_region = out[0].sum(0), out[1].sum(0), out[2], out[3]
         ctx.gradients = [by_h, layer.by_weight, by_bias, by_depth, by_region]
         ctx.mark_non_differentiable(loss)
-        return loss.mean(), loss
+        return over_cells(loss), loss
 
     @staticmethod
     @once_differentiable
@@ -265,8 +267,8 @@ def bernoulli(counts: Counts, h: Tensor, weight: Tensor, bias: Tensor, factors: 
             counts, torch.is_grad_enabled(), h.contiguous(), weight.contiguous(), bias.contiguous(), *factors
         )
     else:
-        loss = negative_log_likelihood(counts.dense > 0, F.linear(h, weight, bias), factors).sum(1)
-        mean = loss.mean()
+        loss = negative_log_likelihood(counts.dense > 0, linear(h, weight, bias), factors).sum(1)
+        mean = over_cells(loss)
     return Reconstruction(mean, loss.detach())
 
 

@@ -73,6 +73,11 @@ class Reconstruction(NamedTuple):
         return self.per_cell.sum()
 
 
+def over_cells(values: Tensor) -> Tensor:
+    """The mean of (cells,) values; 0 over no cells, which a worker may hold of a batch that others have cells of."""
+    return values.sum() / max(1, len(values))
+
+
 def reconstruction(kind: str, counts: Counts, px: Decoded) -> Reconstruction:
     """-log p(counts | px) under one of KINDS, summed over genes.
 
@@ -84,7 +89,7 @@ def reconstruction(kind: str, counts: Counts, px: Decoded) -> Reconstruction:
         mean, loss = _Fused.apply(counts, KINDS[kind], px.softplus, px.logits, px.library, px.px_r, px.zi_logits)
     else:
         loss = negative_log_likelihood(kind, counts.dense.to(px.logits.dtype), px).sum(1)
-        mean = loss.mean()
+        mean = over_cells(loss)
     return Reconstruction(mean, loss.detach())
 
 
@@ -129,7 +134,7 @@ class _Fused(torch.autograd.Function):
             torch.empty(inputs.zi.shape),
         ]
         out = kernels.Outputs(*(g.numpy() for g in grads))
-        which = kernels.Kind(kind, softplus, np.float32(1.0 / n))
+        which = kernels.Kind(kind, softplus, np.float32(1.0 / max(1, n)))
         if chunks == 1:
             kernels.chunk_of_cells(which, counts.nonzeros, inputs, out, 0, 1)
         else:
@@ -141,7 +146,7 @@ class _Fused(torch.autograd.Function):
             by_logits, by_library, by_px_r if px_r is not None else None, by_zi if zi_logits is not None else None
         )
         ctx.mark_non_differentiable(loss)
-        return loss.mean(), loss
+        return over_cells(loss), loss
 
     @staticmethod
     @once_differentiable

@@ -61,7 +61,7 @@ class _Mmd(torch.autograd.Function):
         rows = slice(start, start + len(own))
         compute = _by_kernel if own.dtype == torch.float32 and own.device.type == "cpu" else _by_torch
         value, gradient = compute(everyone, codes, table, rows)
-        share = len(everyone) / len(own)
+        share = len(everyone) / max(1, len(own))
         ctx.save_for_backward((gradient * share).to(x.dtype))
         return (value * share).to(x.dtype)
 

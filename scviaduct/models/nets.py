@@ -133,6 +133,22 @@ def reset(layer: nn.Module, n_in: int, columns: Blocks) -> None:
         nn.init.uniform_(tensor, -bound, bound)
 
 
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`x weight^T + bias`, in the type of the weight.
+
+    Under torch.autocast it is computed in bfloat16; what follows (norms, exponentials, likelihoods) is not.
+    """
+    return F.linear(x, weight, bias).to(weight.dtype)
+
+
+class Linear(nn.Linear):
+    """torch's Linear by `linear`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(…, inputs) to (…, width)."""
+        return linear(x, self.weight, self.bias)
+
+
 class CategoricalLinear(nn.Module):
     """`W x + b + sum_k C_k[code_k]`; weight is (width, inputs)."""
 
@@ -147,7 +163,7 @@ class CategoricalLinear(nn.Module):
 
     def forward(self, x: Tensor, codes: Sequence[Tensor]) -> Tensor:
         """(cells, inputs) and a (cells,) code per covariate to (cells, width)."""
-        return self.columns(F.linear(x, self.weight, self.bias), codes)
+        return self.columns(linear(x, self.weight, self.bias), codes)
 
 
 class CountsLinear(nn.Module):
@@ -172,7 +188,7 @@ class CountsLinear(nn.Module):
         """Cells and their codes to (cells, width)."""
         h = cells.counts.product(cells.counts.values(self.transform), self.weight) + self.bias
         if self.continuous is not None:
-            h = torch.addmm(h, cells.continuous, self.continuous)
+            h = torch.addmm(h, cells.continuous, self.continuous).to(h.dtype)
         return self.columns(h, codes)
 
 
@@ -311,7 +327,7 @@ class Encoder(nn.Module):
         super().__init__()
         first = CountsLinear(n_genes, hidden.n_hidden, n_continuous, hidden.n_categories)
         self.hidden = FCLayers(first, hidden)
-        self.mean_and_log_var = nn.Linear(hidden.n_hidden, 2 * n_latent)
+        self.mean_and_log_var = Linear(hidden.n_hidden, 2 * n_latent)
 
     def forward(self, cells: Cells, noise: Noise | None) -> Gaussian:
         """Cells to the (cells, latent) mean and standard deviation."""
@@ -326,7 +342,7 @@ class Decoder(nn.Module):
     def __init__(self, n_in: int, n_genes: int, hidden: Hidden, heads: Sequence[str]) -> None:
         super().__init__()
         self.hidden = FCLayers(CategoricalLinear(n_in, hidden.n_hidden, hidden.n_categories), hidden)
-        self.heads = nn.ModuleDict({name: nn.Linear(hidden.n_hidden, n_genes) for name in heads})
+        self.heads = nn.ModuleDict({name: Linear(hidden.n_hidden, n_genes) for name in heads})
 
     def forward(self, z: Tensor, codes: Sequence[Tensor]) -> dict[str, Tensor]:
         """(cells, n_in) to one (cells, genes) tensor per head."""

@@ -31,8 +31,8 @@ from scviaduct.errors import ConfigError
 from scviaduct.models.base import COUNTS, Losses, Model, Offer, Quantity, Scores, require, require_range
 from scviaduct.models.bernoulli import Factors, bernoulli
 from scviaduct.models.counts import Cells
-from scviaduct.models.likelihoods import Reconstruction
-from scviaduct.models.nets import CategoricalLinear, CountsLinear, FCLayers, Gaussian, Given, Hidden
+from scviaduct.models.likelihoods import Reconstruction, over_cells
+from scviaduct.models.nets import CategoricalLinear, CountsLinear, FCLayers, Gaussian, Given, Hidden, Linear
 from scviaduct.models.noise import Noise
 from scviaduct.models.scvi import PLACES
 from scviaduct.models.training import TrainingPlan
@@ -129,9 +129,9 @@ class PeakVI(Model):
         seen, both = n_continuous * c.encode_covariates, n_hidden * (1 + c.model_depth)
         self.input = CountsLinear(n_regions, both, seen, encoder.n_categories, c.encoder_input)
         self.encoder = FCLayers(Given(), encoder)
-        self.mean_and_log_var = nn.Linear(n_hidden, 2 * n_latent)
+        self.mean_and_log_var = Linear(n_hidden, 2 * n_latent)
         self.depth_encoder = FCLayers(Given(), self._hidden("depth", n_hidden)) if c.model_depth else None
-        self.depth_output = nn.Linear(n_hidden, 1) if c.model_depth else None
+        self.depth_output = Linear(n_hidden, 1) if c.model_depth else None
         first = CategoricalLinear(n_latent + n_continuous, n_hidden, decoder.n_categories)
         self.decoder = FCLayers(first, decoder)
         self.output = nn.Linear(n_hidden, n_regions)
@@ -181,7 +181,7 @@ class PeakVI(Model):
         noise = noise or Noise(batch.seeds, self.device)
         qz, depth = self.inference(cells, noise)
         rec, kl = self._reconstruction(qz.sample(noise), depth, cells), qz.kl()
-        return Losses(rec.mean + kl_weight * kl.mean(), rec.total, kl.detach().sum(), batch.n_cells)
+        return Losses(rec.mean + kl_weight * over_cells(kl), rec.total, kl.detach().sum(), batch.n_cells)
 
     def encode(self, batch: Batch) -> Gaussian:
         """q(z | x) of each cell, (cells, n_latent); under "ln" the normal before its softmax."""

@@ -33,8 +33,8 @@ from torch import Tensor, nn
 from scviaduct.errors import ConfigError
 from scviaduct.models.base import LabelledStream, Losses, Scores, require_range
 from scviaduct.models.counts import Cells
-from scviaduct.models.likelihoods import reconstruction
-from scviaduct.models.nets import CategoricalLinear, FCLayers, Gaussian, Hidden
+from scviaduct.models.likelihoods import over_cells, reconstruction
+from scviaduct.models.nets import CategoricalLinear, FCLayers, Gaussian, Hidden, Linear
 from scviaduct.models.noise import Noise
 from scviaduct.models.scvi import SCVI, SCVIConfig
 from scviaduct.models.training import TrainingPlan
@@ -75,7 +75,7 @@ class LabelNet(nn.Module):
         super().__init__()
         first = CategoricalLinear(n_latent, hidden.n_hidden, hidden.n_categories, labels=True)
         self.hidden = FCLayers(first, hidden)
-        self.mean_and_log_var = nn.Linear(hidden.n_hidden, 2 * n_latent)
+        self.mean_and_log_var = Linear(hidden.n_hidden, 2 * n_latent)
         self.eps = eps
 
     def forward(self, z: Tensor, noise: Noise | None) -> Gaussian:
@@ -94,7 +94,7 @@ class _PerLabel:
         self._noise, self._n_labels = noise, n_labels
 
     def dropout(self, h: Tensor, p: float) -> Tensor:
-        wide = h.reshape(len(h) // self._n_labels, -1)
+        wide = h.reshape(len(h) // self._n_labels, self._n_labels * h.shape[1])
         return self._noise.dropout(wide, p).reshape(h.shape)
 
 
@@ -104,7 +104,7 @@ class Classifier(nn.Module):
     def __init__(self, n_latent: int, n_labels: int, hidden: Hidden | None) -> None:
         super().__init__()
         self.hidden = FCLayers(CategoricalLinear(n_latent, hidden.n_hidden, ()), hidden) if hidden else None
-        self.logits = nn.Linear(hidden.n_hidden if hidden else n_latent, n_labels)
+        self.logits = Linear(hidden.n_hidden if hidden else n_latent, n_labels)
 
     def forward(self, z: Tensor, noise: Noise | None) -> Tensor:
         """(cells, latent) to (cells, labels)."""
@@ -170,9 +170,6 @@ class SCANVI(SCVI):
         Without a cell, but with labelled ones (a lane may be so), the loss is their cross-entropy alone, undivided.
         """
         cells = Cells.of(batch, self.schema, self.device)
-        if batch.n_cells == 0 and batch.labelled is not None:
-            ce = self._labelled_cross_entropy(batch)
-            return Losses(ce, ce.new_zeros(()), ce.new_zeros(()), 0, {"classification": ce.detach()})
         noise = noise or Noise(batch.seeds, self.device)
         qz, ql = self.inference(cells, noise)
         z, library = self._point((qz, ql), cells, noise)
@@ -186,7 +183,7 @@ class SCANVI(SCVI):
         else:
             ce = self._labelled_cross_entropy(batch)
         return Losses(
-            rec.mean + (entropy + kl_weight * kl).mean() + ce / batch.n_cells,
+            rec.mean + over_cells(entropy + kl_weight * kl) + ce / max(1, batch.n_cells),
             rec.total + entropy.detach().sum(),
             kl.detach().sum(),
             batch.n_cells,

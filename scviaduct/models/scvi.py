@@ -29,7 +29,7 @@ from scviaduct.errors import ConfigError
 from scviaduct.models.base import COUNTS, GENES, Losses, Model, Quantity, Scores, require, require_range
 from scviaduct.models.counts import Cells
 from scviaduct.models.draws import draw_counts
-from scviaduct.models.likelihoods import KINDS, Decoded, reconstruction
+from scviaduct.models.likelihoods import KINDS, Decoded, over_cells, reconstruction
 from scviaduct.models.nets import Columns, Decoder, Encoder, Gaussian, Hidden
 from scviaduct.models.noise import Noise
 from scviaduct.schema import Batch, Schema
@@ -232,11 +232,11 @@ class SCVI(Model):
         qz, ql = self.inference(cells, noise)
         px = self.generative(*self._point((qz, ql), cells, noise), cells)
         rec, kl_z = reconstruction(self.config.gene_likelihood, cells.counts, px), qz.kl()
-        loss, kl = rec.mean + kl_weight * kl_z.mean(), kl_z.detach().sum()
+        loss, kl = rec.mean + kl_weight * over_cells(kl_z), kl_z.detach().sum()
         if ql is None:
             return Losses(loss, rec.total, kl, batch.n_cells)
         kl_l = self._library_kl(ql, cells)
-        return Losses(loss + kl_l.mean(), rec.total, kl + kl_l.detach().sum(), batch.n_cells)
+        return Losses(loss + over_cells(kl_l), rec.total, kl + kl_l.detach().sum(), batch.n_cells)
 
     def encode(self, batch: Batch) -> Gaussian:
         """q(z | x) of each cell, (cells, n_latent); under "ln" the normal before its softmax."""

@@ -32,8 +32,8 @@ from scviaduct.models.adversary import Adversary
 from scviaduct.models.base import COUNTS, GENES, Losses, Model, Offer, Quantity, Scores, require, require_range
 from scviaduct.models.counts import Cells
 from scviaduct.models.draws import draw_counts, negative_binomial
-from scviaduct.models.likelihoods import Decoded, reconstruction
-from scviaduct.models.nets import Blocks, CategoricalLinear, Columns, FCLayers, Gaussian, Hidden, reset
+from scviaduct.models.likelihoods import Decoded, over_cells, reconstruction
+from scviaduct.models.nets import Blocks, CategoricalLinear, Columns, FCLayers, Gaussian, Hidden, Linear, reset
 from scviaduct.models.noise import Noise
 from scviaduct.models.scvi import PLACES
 from scviaduct.models.training import TrainingPlan
@@ -115,9 +115,9 @@ class TotalVIInput(nn.Module):
         if self.shares:
             y = y / (1.0 + y.mean(1, keepdim=True))
         h = x.product(x.log1p_share_values if self.shares else x.log1p_values, self.weight) + self.bias
-        h = torch.addmm(h, torch.log1p(y), self.proteins)
+        h = torch.addmm(h, torch.log1p(y), self.proteins).to(h.dtype)
         if self.continuous is not None:
-            h = torch.addmm(h, cells.continuous, self.continuous)
+            h = torch.addmm(h, cells.continuous, self.continuous).to(h.dtype)
         return self.columns(h, codes)
 
 
@@ -182,7 +182,7 @@ class TotalVI(Model):
         n_continuous = len(schema.continuous) * c.encode_covariates
         first = TotalVIInput(schema, c.n_hidden, n_continuous, encoder.n_categories, c.encoder_input)
         self.encoder = FCLayers(first, encoder)
-        self.mean_and_log_var = nn.Linear(c.n_hidden, 2 * c.n_latent)
+        self.mean_and_log_var = Linear(c.n_hidden, 2 * c.n_latent)
         self.rna = Branch(n_in, decoder, {"scale": n_genes})
         self.background = Branch(n_in, decoder, {"log_alpha": n_proteins, "log_beta": n_proteins})
         self.foreground = Branch(n_in, decoder, {"scale": n_proteins})
@@ -301,12 +301,12 @@ class TotalVI(Model):
         log_background = py.background.sample(noise)
         proteins = torch.where(seen, _mixture_nll(cells.proteins, log_background, py), 0.0).sum(1)
         kl = qz.kl() + self._background_kl(py, cells, seen)
-        loss = rec.mean + kl_weight * (proteins + kl).mean()
+        loss = rec.mean + kl_weight * over_cells(proteins + kl)
         extra = {"proteins": (kl_weight - 1.0) * proteins.detach().sum()}
         if self.adversary is not None and self.training:
             # weighed by 1 - kl_weight as in scvi-tools; at 0 they still give gradients, for DistributedDataParallel
             adversarial = (1.0 - kl_weight) * torch.stack(self.adversary.losses(z, cells.codes[0], noise)).sum(0)
-            loss = loss + adversarial.mean()
+            loss = loss + over_cells(adversarial)
             extra["adversary"] = adversarial.detach().sum()
         return Losses(loss, rec.total + proteins.detach().sum(), kl.detach().sum(), batch.n_cells, extra)
 

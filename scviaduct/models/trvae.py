@@ -43,7 +43,7 @@ from scviaduct.errors import ConfigError
 from scviaduct.models.base import COUNTS, GENES, Losses, Model, Quantity, Scores, require, require_range
 from scviaduct.models.counts import Cells, Counts
 from scviaduct.models.draws import draw_counts
-from scviaduct.models.likelihoods import Decoded, Reconstruction, reconstruction
+from scviaduct.models.likelihoods import Decoded, Reconstruction, over_cells, reconstruction
 from scviaduct.models.mmd import mmd
 from scviaduct.models.nets import (
     BatchNorm,
@@ -54,6 +54,7 @@ from scviaduct.models.nets import (
     Gaussian,
     Hidden,
     HiddenLayer,
+    Linear,
 )
 from scviaduct.models.noise import Noise
 from scviaduct.models.training import TrainingPlan
@@ -123,7 +124,7 @@ class _ValuesLinear(CountsLinear):
         """Cells and their codes to (cells, width)."""
         h = cells.counts.product(values(cells.counts, self.target_sum), self.weight) + self.bias
         if self.continuous is not None:
-            h = torch.addmm(h, cells.continuous, self.continuous)
+            h = torch.addmm(h, cells.continuous, self.continuous).to(h.dtype)
         return self.columns(h, codes)
 
 
@@ -195,13 +196,13 @@ class TRVAE(Model):
         if isinstance(first, _ValuesLinear):
             first.target_sum = c.target_sum
         self.encoder = Layers(first, widths, self._hidden("encoder"), bias=True)
-        self.mean_and_log_var = nn.Linear(widths[-1], 2 * c.n_latent)
+        self.mean_and_log_var = Linear(widths[-1], 2 * c.n_latent)
         n_in = c.n_latent + n_continuous
         second = CategoricalLinear(n_in, widths[-1], n_categories, bias=False)
         _start_as_two(second, n_in, n_categories)
         self.decoder = Layers(second, widths[::-1], self._hidden("decoder"), bias=False)
         heads = ["mean"] + ["zi"] * (c.recon_loss == "zinb")
-        self.heads = nn.ModuleDict({name: nn.Linear(widths[0], n_genes) for name in heads})
+        self.heads = nn.ModuleDict({name: Linear(widths[0], n_genes) for name in heads})
         self.px_r = None if c.recon_loss == "mse" else Columns(0, len(schema.batch), n_genes, single=True)
         if self.px_r is not None:
             self.px_r.weight = nn.Parameter(torch.randn(len(schema.batch), n_genes))
@@ -255,7 +256,7 @@ class TRVAE(Model):
             return reconstruction(c.recon_loss, cells.counts, self._px(heads, cells))
         x = cells.counts.scattered(values(cells.counts, c.target_sum))
         error = ((F.relu(heads["mean"]) - x) ** 2).sum(1)
-        return Reconstruction(error.mean(), error.detach())
+        return Reconstruction(over_cells(error), error.detach())
 
     def forward(self, batch: Batch, kl_weight: float = 1.0, noise: Noise | None = None) -> Losses:
         """The negative ELBO of a batch, plus in training the weighted MMD; "mse" has squared errors for -log p(x | z)."""
@@ -265,7 +266,7 @@ class TRVAE(Model):
         z = qz.sample(noise)
         y, heads = self.generative(z, cells, noise)
         rec, kl = self._reconstruction(heads, cells), qz.kl()
-        loss = rec.mean + kl_weight * kl.mean()
+        loss = rec.mean + kl_weight * over_cells(kl)
         if not (self.training and self.compares_conditions):
             return Losses(loss, rec.total, kl.detach().sum(), batch.n_cells)
         discrepancy = c.beta * mmd(z if c.mmd_on == "z" else y, cells.codes[0], c.mmd_boundary)

@@ -8,7 +8,7 @@ from scviaduct.distributed import workers as workers_module
 from scviaduct.distributed.cadence import Every
 from scviaduct.distributed.checkpoint import Checkpoints
 from scviaduct.distributed.config import FitConfig
-from scviaduct.distributed.gradients import backward, lanes
+from scviaduct.distributed.gradients import backward, lanes, passes
 from scviaduct.distributed.loop import Hooks, fit
 from scviaduct.distributed.saver import Saver
 from scviaduct.distributed.workers import Workers
@@ -190,15 +190,16 @@ def test_a_loss_that_is_not_finite_names_the_step():
 
 
 def assert_lane_by_lane_is_the_whole(net, batch, atol):
-    """The gradients of both modes, each over all of the batch's cells."""
+    """The gradients of both modes, and of one that makes parts of the batch, each over all of the batch's cells."""
     gradients = []
-    for deterministic in (False, True):
+    for config in (FIT, replace(FIT, deterministic=True), replace(FIT, max_cells_per_pass=7)):
         net.zero_grad()
-        sums = backward(net, batch, 0.7, batch.n_cells, Workers(), deterministic=deterministic)
+        sums = backward(net, batch, 0.7, batch.n_cells, Workers(), config)
         gradients.append([p.grad.clone() for p in net.parameters()])
         assert sums[3] == batch.n_cells
-    for a, b in zip(*gradients, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=atol)
+    for whole, *parts in zip(*gradients, strict=True):
+        for part in parts:
+            torch.testing.assert_close(whole, part, rtol=1e-4, atol=atol)
 
 
 def test_deterministic_and_quick_gradients_agree():
@@ -220,9 +221,44 @@ def test_lanes_are_the_batch_in_pieces():
     assert all(p.indptr[0] == 0 and p.indptr[-1] == len(p.data) for p in pieces)
 
 
-def test_batch_norm_cannot_be_computed_lane_by_lane():
-    with pytest.raises(ConfigError, match="batch norm mixes the cells"):
-        fit(model(use_batch_norm="both"), cells(), replace(FIT, deterministic=True))
+@pytest.mark.parametrize("option", [{"deterministic": True}, {"max_cells_per_pass": 16}], ids=str)
+def test_batch_norm_cannot_be_computed_in_parts(option):
+    with pytest.raises(ConfigError, match=f"--{next(iter(option)).replace('_', '-')} computes .* batch norm mixes the"):
+        fit(model(use_batch_norm="both"), cells(), replace(FIT, **option))
+
+
+def test_passes_are_the_batch_in_equal_parts():
+    sampler = Sampler(n_rows=300, block_rows=50, batch_size=64)
+    with Loader(cells(), sampler).epoch(0) as batches:
+        batch = next(iter(batches))
+    assert list(passes(batch, None)) == [batch] == list(passes(batch, batch.n_cells))
+    pieces = list(passes(batch, 20))
+    assert max(p.n_cells for p in pieces) <= 20 and max(p.n_cells for p in pieces) - min(p.n_cells for p in pieces) <= 1
+    np.testing.assert_array_equal(np.concatenate([p.rows for p in pieces]), batch.rows)
+
+
+def test_training_in_passes_gives_the_same_model_up_to_rounding_and_to_the_bit_lane_by_lane():
+    whole, parts, lane_by_lane, both = (model(**PRESETS["scarches"]) for _ in range(4))
+    exact = replace(FIT, deterministic=True)
+    fit(whole, cells(), FIT)
+    fit(parts, cells(), replace(FIT, max_cells_per_pass=5))
+    fit(lane_by_lane, cells(), exact)
+    fit(both, cells(), replace(exact, max_cells_per_pass=2))
+    for name, tensor in weights(whole).items():
+        torch.testing.assert_close(weights(parts)[name], tensor, rtol=1e-3, atol=1e-4)
+    assert not same(weights(whole), weights(parts)) and same(weights(lane_by_lane), weights(both))
+    with pytest.raises(ConfigError, match="lane by lane, 2 cells each, not in passes of 1: use --n-lanes 32"):
+        fit(both, cells(), replace(exact, max_cells_per_pass=1))
+
+
+def test_bfloat16_trains_nearly_the_same_model():
+    exact, short = model(**PRESETS["scarches"]), model(**PRESETS["scarches"])
+    config = replace(FIT, max_epochs=8, lr=1e-2)
+    want, got = (fit(net, cells(), replace(config, precision=p)) for net, p in ((exact, "32"), (short, "bf16")))
+    assert all(t.dtype == torch.float32 for t in weights(short).values())
+    series = [[r["elbo_validation"] for r in progress.history] for progress in (want, got)]
+    np.testing.assert_allclose(*series, rtol=0.01)
+    assert series[0] != series[1] and series[1][-1] < 0.9 * series[1][0]
 
 
 def partly_labelled(n=300, every=10):

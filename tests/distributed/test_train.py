@@ -113,6 +113,7 @@ def test_a_finished_run_is_not_overwritten_and_not_repeated(run, atlas, config):
         ({"model": "scvj"}, ConfigError, "no model 'scvj'"),
         ({"resume": True}, ConfigError, "no run to resume"),
         ({"deterministic": True, "preset": "default"}, ConfigError, "batch norm mixes"),
+        ({"precision": "tf32"}, ConfigError, "this worker has none"),
     ],
 )
 def test_what_cannot_be_trained_is_said_and_leaves_nothing(atlas, config, tmp_path, changes, error, message):

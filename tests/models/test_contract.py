@@ -148,6 +148,33 @@ def test_cells_without_counts_do_no_harm(model, make_schema):
     assert all(torch.isfinite(p.grad).all() for p in model.parameters())
 
 
+def test_no_cells_have_no_loss_and_no_gradient(model, batch, rows_of):
+    """A worker may hold no cell of a batch; it takes part in the averaging all the same."""
+    nothing = dataclasses.replace(rows_of(batch, slice(0, 0)), rows=np.zeros(0, np.int64))
+    for module in model.modules():
+        module.frozen = True  # batch norm of no cells is a matter of all workers together
+    out = model(nothing)
+    out.loss.backward()
+    assert (float(out.loss.detach()), float(out.reconstruction), float(out.kl), out.n_cells) == (0.0, 0.0, 0.0, 0)
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None and not parameter.grad.any(), name
+
+
+def test_only_matrix_products_are_in_bfloat16(model, batch):
+    exact = model(batch)
+    exact.loss.backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    with torch.autocast("cpu", torch.bfloat16):
+        short = model(batch)
+    short.loss.backward()
+    assert short.loss.dtype == torch.float32
+    torch.testing.assert_close(short.loss, exact.loss, rtol=0.01, atol=0.0)
+    assert all(p.grad.dtype == torch.float32 for p in model.parameters())
+    off = torch.cat([(p.grad - gradients[name]).flatten() for name, p in model.named_parameters()]).norm()
+    assert 0 < off < 0.1 * torch.cat([g.flatten() for g in gradients.values()]).norm()
+
+
 def test_unknown_models_are_named():
     with pytest.raises(ConfigError, match="'scvi'"):
         model_class("scvii")

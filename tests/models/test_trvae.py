@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from scviaduct.distributed.config import FitConfig
 from scviaduct.distributed.gradients import backward
 from scviaduct.distributed.workers import Workers
 from scviaduct.errors import ConfigError, DataError
@@ -294,7 +295,7 @@ def _step(
     """Gradients and sums of one step, as the training loop computes them."""
     torch.manual_seed(3)
     model = TRVAE(schema, config)
-    sums = backward(workers.wrap(model), batch, 0.5, n_global, workers, deterministic=False)
+    sums = backward(workers.wrap(model), batch, 0.5, n_global, workers, FitConfig())
     return {"sums": sums, **{name: p.grad for name, p in model.named_parameters()}}
 
 
