@@ -328,7 +328,8 @@ def _track(result: Mapped, paths: Sequence[Path], tracker: Tracker) -> None:
     if result.query_sha256:
         child.datasets([Data(name, result.query_sha256, {"path": str(path)}, context="query", type="file")])
     child.history((int(record["epoch"]), record) for record in result.history)
-    child.metrics(0, {k: v for k, v in result.row().items() if isinstance(v, (int, float)) and v == v})
+    numbers = {k: v for k, v in result.row().items() if isinstance(v, (int, float)) and v == v}
+    child.metrics(0, numbers | {"seconds_in_all": numbers.pop("seconds")})  # an epoch has seconds, too
     child.end("FINISHED" if result.status == "mapped" else "FAILED")
 
 

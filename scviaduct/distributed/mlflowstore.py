@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import getpass
 import json
 import logging
 import os
@@ -11,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
+import scviaduct
 from scviaduct.distributed.journal import Event
 from scviaduct.errors import ScviaductError
 
@@ -32,6 +34,8 @@ _REFUSALS = {
     *("INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "BAD_REQUEST"),
     *("INVALID_STATE", "RESOURCE_ALREADY_EXISTS"),
 }
+_OF_TRAININGS = {"mlflow.experimentKind": "custom_model_development"}
+"""Without it MLflow's pages take an experiment for one on language models."""
 _PARAMS, _METRICS, _DATASETS = 100, 1000, 500
 """Of each, what one call of MLflow takes, or half of it."""
 
@@ -75,7 +79,9 @@ class MlflowStore:
         client = MlflowClient(self.uri)
         found = client.get_experiment_by_name(self._name)
         try:
-            self._experiment = found.experiment_id if found else client.create_experiment(self._name, beside(self.uri))
+            self._experiment = (
+                found.experiment_id if found else client.create_experiment(self._name, beside(self.uri), _OF_TRAININGS)
+            )
         except MlflowException:
             found = client.get_experiment_by_name(self._name)
             if not found:
@@ -91,6 +97,7 @@ class MlflowStore:
             found = self._client.search_runs([self._experiment], where, max_results=1)
         if not found:
             tags = {k: v[:8000] for k, v in event["tags"].items()} | {KEY_TAG: event["run"]}
+            tags |= {"mlflow.user": _user(), "mlflow.source.name": f"scviaduct {scviaduct.__version__}"}
             tags |= {"mlflow.parentRunId": parent} if parent else {}
             found = [self._client.create_run(self._experiment, event["time"], tags, event["name"])]
         ids[event["run"]] = found[0].info.run_id
@@ -174,6 +181,13 @@ def _is_refusal(error: Exception) -> bool:
     if isinstance(error, MlflowException):
         return error.error_code in _REFUSALS
     return not isinstance(error, OSError | SQLAlchemyError)
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # a container whose user has no name
+        return str(os.getuid())
 
 
 def _parts(entries: Sequence[T], size: int) -> Iterator[Sequence[T]]:

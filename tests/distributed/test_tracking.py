@@ -13,6 +13,7 @@ from mlflow.exceptions import MlflowException
 
 import scviaduct
 from scviaduct.distributed import systemmetrics
+from scviaduct.distributed import train as train_module
 from scviaduct.distributed.bundle import Bundle
 from scviaduct.distributed.config import Reading, TrackingConfig
 from scviaduct.distributed.journal import FOLDER
@@ -85,6 +86,33 @@ def test_a_training_s_numbers_pictures_and_version(atlas, config, tracking, clie
     assert version.run_id == run.info.run_id and version.tags["model"] == "scvi"
     assert client.get_registered_model("kang").aliases == {"new": version.version}
     assert Bundle.open(client.download_artifacts(run.info.run_id, "bundle")).schema == bundle.schema
+
+
+def test_a_training_that_was_broken_off_and_resumed_is_one_run(atlas, config, tracking, client, tmp_path, monkeypatch):
+    """The driver dies before it has told of the last epochs."""
+    out = tmp_path / "kang"
+
+    def dies(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train_module, "_bundle", dies)
+        patch.setattr(train_module, "_listeners", lambda tracker: [only_the_first_two(tracker)])
+        train(atlas, config(out, tracking=tracking, max_epochs=4))
+    run_id = json.loads((out / "run.json").read_text())["mlflow_run"]
+    assert client.get_run(run_id).info.status == "FAILED"
+    assert [m.step for m in client.get_metric_history(run_id, "elbo_train")] == [0, 1]
+
+    bundle = train(atlas, config(out, tracking=tracking, max_epochs=4, resume=True))
+    assert bundle.facts["training"]["mlflow_run"] == run_id
+    run = client.get_run(run_id)
+    assert run.info.status == "FINISHED" and len(client.search_runs([run.info.experiment_id])) == 1
+    assert [m.step for m in client.get_metric_history(run_id, "elbo_train")] == [0, 1, 2, 3]
+    assert client.get_model_version_by_alias("kang", "current").run_id == run_id
+
+
+def only_the_first_two(tracker):
+    return lambda record: tracker.metrics(int(record["epoch"]), record) if record["epoch"] < 2 else None
 
 
 @pytest.fixture
