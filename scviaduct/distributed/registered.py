@@ -12,6 +12,7 @@ from scviaduct.distributed.mlflowstore import impatient, quiet
 from scviaduct.errors import ConfigError
 
 _SECONDS = 60
+_SQLITE = "sqlite:///"
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,9 @@ class Found:
 
 def store_uri(config: TrackingConfig) -> str | None:
     """Where MLflow keeps the record; None for no tracking."""
-    uri = config.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path.cwd() / 'mlflow.db'}"
+    uri = config.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or f"{_SQLITE}mlflow.db"
+    if uri.startswith(_SQLITE):  # a path that means the same from another folder
+        uri = f"{_SQLITE}{Path(uri.removeprefix(_SQLITE)).absolute()}"
     return None if uri == "none" else uri
 
 
@@ -50,8 +53,8 @@ def find_model(model: str | Path, config: TrackingConfig) -> Found:
     uri, where = str(model), store_uri(config)
     if where is None:
         raise ConfigError(f'{uri} is looked up in MLflow\'s registry; name it with --tracking-uri, now "none".')
-    store = Path(where.removeprefix("sqlite:///"))
-    if where.startswith("sqlite:///") and not store.exists():
+    store = Path(where.removeprefix(_SQLITE))
+    if where.startswith(_SQLITE) and not store.exists():
         raise ConfigError(f"{uri} is not in the registry: there is no {store}. Name another with --tracking-uri.")
     with impatient(_SECONDS):
         return _fetched(uri, where)

@@ -18,6 +18,7 @@ from scviaduct.distributed.bundle import Bundle
 from scviaduct.distributed.config import Reading, TrackingConfig
 from scviaduct.distributed.journal import FOLDER
 from scviaduct.distributed.map import map
+from scviaduct.distributed.registered import store_uri
 from scviaduct.distributed.tracking import Tracker, flat, sync
 from scviaduct.distributed.train import train
 from scviaduct.errors import ConfigError, UnreadableFileError
@@ -289,6 +290,14 @@ def test_nothing_to_sync(run, tmp_path):
     assert sync(run) == (0, 0)
     with pytest.raises(UnreadableFileError, match="is not a folder that train or map wrote"):
         sync(tmp_path / "nowhere")
+
+
+def test_a_store_s_path_means_the_same_from_another_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    here = f"sqlite:///{tmp_path}/mlflow.db"
+    assert [store_uri(TrackingConfig(tracking_uri=uri)) for uri in (None, "sqlite:///mlflow.db", here)] == [here] * 3
+    assert store_uri(TrackingConfig(tracking_uri="http://a:5000")) == "http://a:5000"
 
 
 def test_no_tracking_at_all(tmp_path):
