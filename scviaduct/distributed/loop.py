@@ -53,7 +53,7 @@ def fit(
         DataError: the loss is not finite; names the step and cells.
     """
     workers, hooks = workers or Workers.current(), hooks or Hooks()  # [1] which of how many processes this is
-    plan = config.plan(model.plan, source.n_rows)
+    plan = config.plan(model.training_plan, source.n_rows)
     train, held_out = samplers(model, source, config, workers)
     optimizer = optimizer_of(model, plan)
     progress = _restored(hooks, model, optimizer, workers)

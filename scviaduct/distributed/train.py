@@ -98,7 +98,7 @@ def train(atlas: str | Place, config: TrainConfig, *, on_epoch: OnEpoch | None =
     options = model_config(kind, config.preset, config.set, options_of(start, kind) if start else None)
     # options that do not fit the data or each other fail here, before anything is written
     model = kind(schema, options)
-    plan = config.fit.plan(kind.plan, view.n_rows, refines=start is not None)
+    plan = config.fit.plan(model.training_plan, view.n_rows, refines=start is not None)
     config = dataclasses.replace(config, fit=config.fit.decided(plan))
     samplers(model, view.source(schema), config.fit, Workers(0, config.most_workers))
     if start:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from itertools import chain
 from typing import Any, ClassVar, NamedTuple
 
@@ -208,6 +208,14 @@ class Model(nn.Module, ABC):
     def opponent(self) -> Adversary | None:
         """A part that is trained against the rest, at a learning rate of its own; None for most models."""
         return None
+
+    @property
+    def training_plan(self) -> TrainingPlan:
+        """`plan`; against an opponent a warm-up by steps is half as long, as scvi-tools counts the opponent's steps too."""
+        per_cell = self.plan.kl_warmup_steps_per_cell
+        if self.opponent is None or per_cell is None:
+            return self.plan
+        return replace(self.plan, kl_warmup_steps_per_cell=per_cell / 2)
 
     def query_parameters(self) -> list[nn.Parameter]:
         """What surgery added and a query may train; empty before surgery."""

@@ -8,6 +8,7 @@ import torch
 
 from scviaduct.distributed.background import background, tell_background
 from scviaduct.distributed.bundle import Bundle
+from scviaduct.distributed.config import FitConfig
 from scviaduct.distributed.differential import de
 from scviaduct.distributed.loop import optimizer_of
 from scviaduct.distributed.map import map
@@ -15,6 +16,7 @@ from scviaduct.distributed.outputs import decode
 from scviaduct.distributed.train import train
 from scviaduct.errors import ConfigError, DataError
 from scviaduct.models.totalvi import TotalVI, TotalVIConfig
+from scviaduct.schema import Covariate, Schema
 from scviaduct.storage.convert import convert
 from scviaduct.storage.loader import MemorySource
 from scviaduct.storage.prepare import prepare
@@ -128,6 +130,44 @@ def test_the_plan_is_scvi_tools(cite_atlas):
     assert (first["lr"], second["lr"]) == (4e-3, 1e-3)
     assert {id(p) for p in second["params"]} == {id(p) for p in model.adversary.parameters()}
     assert len(first["params"]) + len(second["params"]) == len(list(model.parameters()))
+
+
+@pytest.mark.parametrize("missing", [False, True])
+def test_the_kl_weight_rises_as_in_scvi_tools(biology, monkeypatch, missing):
+    """Step by step; where a batch lacks proteins, Lightning counts the steps of the adversary's optimiser as well."""
+    import warnings
+
+    cells = with_proteins(biology.study(0, 80), list(PROTEINS), 0)
+    cells.obs["half"] = np.where(np.arange(80) < 40, "a", "b")
+    if missing:
+        cells.obsm[KEY].iloc[:40, :2] = 0
+    weights = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        scvi = pytest.importorskip("scvi")
+        scvi.model.TOTALVI.setup_anndata(cells, batch_key="half", protein_expression_obsm_key=KEY)
+        theirs = scvi.model.TOTALVI(cells, empirical_protein_background_prior=False, n_hidden=8)
+        loss = theirs.module.loss
+
+        def spy(*given, kl_weight, **further):
+            if theirs.module.training:
+                weights.append(float(kl_weight))
+            return loss(*given, kl_weight=kl_weight, **further)
+
+        monkeypatch.setattr(theirs.module, "loss", spy)
+        quiet = {"enable_progress_bar": False, "accelerator": "cpu"}
+        theirs.train(max_epochs=5, batch_size=18, **quiet)
+    measured = np.ones((2, len(PROTEINS)), bool)
+    measured[0, :2] = not missing
+    schema = Schema(
+        genes=tuple(cells.var_names),
+        batch=Covariate("half", ("a", "b")),
+        proteins=PROTEINS,
+        measured=tuple(tuple(row) for row in measured.tolist()),
+    )
+    plan = FitConfig().plan(TotalVI(schema, TotalVIConfig(n_hidden=8)).training_plan, cells.n_obs)
+    assert len(weights) == 20
+    assert [plan.kl_weight(step // 4, step) for step in range(20)] == pytest.approx(weights)
 
 
 def test_the_background_s_prior_begins_as_in_scvi_tools(cite_atlas, monkeypatch):
