@@ -99,11 +99,10 @@ class LabelledLoader(Loader):
         self.plan = plan
         self._held: Batch | None = None
 
-    def _batches(self, index: int, start_step: int) -> Iterator[Batch]:
-        for batch, labelled in zip(
-            super()._batches(index, start_step), self._labelled(index, start_step), strict=False
-        ):
-            yield replace(batch, labelled=labelled)
+    def _batches(self, index: int, start_step: int) -> Iterator[list[Batch]]:
+        labelled = self._labelled(index, start_step)
+        for batches in super()._batches(index, start_step):
+            yield [replace(batch, labelled=next(labelled)) for batch in batches]
 
     def _labelled(self, epoch: int, start_step: int) -> Iterator[Batch]:
         """Batches of labelled cells from a step on, without an end."""

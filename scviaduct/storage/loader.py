@@ -148,24 +148,26 @@ def cut(batch: Batch, start: int, stop: int, lanes: NDArray[np.int64]) -> Batch:
     """Cells [start, stop) of a batch, as views; `lanes` are their borders."""
     begin, end = batch.indptr[start], batch.indptr[stop]
     per_cell = {name: getattr(batch, name) for name in (*_PER_CELL, "seeds")}
-    return replace(
-        batch,
+    return Batch(
+        n_genes=batch.n_genes,
         indptr=batch.indptr[start : stop + 1] - begin,
         indices=batch.indices[begin:end],
         data=batch.data[begin:end],
         lanes=lanes,
-        **{name: values[start:stop] for name, values in per_cell.items() if values.size},
+        weight=batch.weight,
+        **{name: values[start:stop] if values.size else values for name, values in per_cell.items()},
     )
 
 
 class Prefetched(Generic[T]):
-    """An iterator whose items are made up to `depth` ahead by a thread; `waited` sums the seconds it kept one waiting.
+    """An iterator whose items are made ahead by a thread; `waited` sums the seconds it kept one waiting.
 
+    `make` gives them in lists, of which `depth` may wait: waking a thread takes about as long as gathering 64 cells.
     Use as a context manager: leaving it stops the thread. An error in the thread is raised by the next item.
     """
 
-    def __init__(self, make: Callable[[], Iterator[T]], depth: int = 8) -> None:
-        self._queue: queue.Queue[tuple[str, T | BaseException | None]] = queue.Queue(maxsize=depth)
+    def __init__(self, make: Callable[[], Iterator[list[T]]], depth: int = 2) -> None:
+        self._queue: queue.Queue[tuple[str, list[T] | BaseException | None]] = queue.Queue(maxsize=depth)
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._run, args=(make,), name="scviaduct-prefetch", daemon=True)
         self.waited = 0.0
@@ -187,10 +189,10 @@ class Prefetched(Generic[T]):
         except queue.Empty:
             return
 
-    def _run(self, make: Callable[[], Iterator[T]]) -> None:
+    def _run(self, make: Callable[[], Iterator[list[T]]]) -> None:
         try:
-            for item in make():
-                self._queue.put(("item", item))
+            for items in make():
+                self._queue.put(("items", items))
                 if self._stopped.is_set():
                     return
             self._queue.put(("end", None))
@@ -200,13 +202,13 @@ class Prefetched(Generic[T]):
     def __iter__(self) -> Iterator[T]:
         while True:
             begin = time.perf_counter()
-            kind, item = self._queue.get()
+            kind, found = self._queue.get()
             self.waited += time.perf_counter() - begin
             if kind == "end":
                 return
             if kind == "error":
-                raise item  # type: ignore[misc]
-            yield item  # type: ignore[misc]
+                raise found  # type: ignore[misc]
+            yield from found  # type: ignore[misc]
 
 
 class _Run(NamedTuple):
@@ -249,18 +251,13 @@ class Loader:
 
     def epoch(self, index: int, start_step: int = 0) -> Prefetched[Batch]:
         """Batches of steps [start_step, steps) of an epoch; open it with `with`."""
-        return Prefetched(lambda: self._batches(index, start_step), depth=self._depth())
+        return Prefetched(lambda: self._batches(index, start_step))
 
-    def _depth(self) -> int:
-        # about 8,192 cells ahead: covers the burst when all lanes cross a block border at once
-        return max(2, min(64, 8192 * self.world_size // self.sampler.batch_size))
-
-    def _batches(self, index: int, start_step: int) -> Iterator[Batch]:
+    def _batches(self, index: int, start_step: int) -> Iterator[list[Batch]]:
         epoch = self.sampler.epoch(index)
         with _threads(self.source.readers) as threads:
             runs = self._reading(threads, epoch, start_step)
-            for batches in in_order(threads, partial(self._assemble, epoch), runs, ahead=2):
-                yield from batches
+            yield from in_order(threads, partial(self._assemble, epoch), runs, ahead=2)
 
     def _reading(self, threads: ThreadPoolExecutor, epoch: Epoch, start_step: int) -> Iterator[_Reading]:
         """The runs with their blocks, which are being read; so are those of the next runs, a block a thread and more.
@@ -320,11 +317,11 @@ def stream(source: BlockSource, *, rank: int = 0, world_size: int = 1) -> Prefet
     n_blocks = -(-source.n_rows // source.block_rows)
     mine = range(rank * n_blocks // world_size, (rank + 1) * n_blocks // world_size)
 
-    def blocks() -> Iterator[Batch]:
+    def blocks() -> Iterator[list[Batch]]:
         with read_ahead(source, source.read, mine) as read:
-            yield from read
+            yield from ([block] for block in read)
 
-    return Prefetched(blocks, depth=2)
+    return Prefetched(blocks)
 
 
 @contextmanager

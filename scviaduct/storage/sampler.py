@@ -212,6 +212,8 @@ class Sampler:
 
     def includes(self, rows: NDArray[np.int64]) -> NDArray[np.bool_]:
         """True for the rows that belong to this part of the split, shape (rows,)."""
+        if not self.split.fraction:
+            return np.full(len(rows), self.part == "train")
         held_out = self.split.validation(rows)
         return held_out if self.part == "validation" else ~held_out
 

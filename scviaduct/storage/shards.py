@@ -18,11 +18,11 @@ from typing import Any, Generic, NamedTuple, TypeVar
 
 import google_crc32c
 import numpy as np
-from numcodecs import blosc
 from numpy.typing import NDArray
 
 from scviaduct.storage.memory import Allocate
 from scviaduct.storage.places import Folder, Place, Span, read_spans
+from scviaduct.storage.unpack import unpack
 
 Key = TypeVar("Key", bound=Hashable)
 Value = TypeVar("Value")
@@ -77,14 +77,15 @@ class Layout:
 
 
 class Arrays:
-    """The sharded arrays of one folder; safe to use from any thread.
+    """The sharded arrays of one folder; safe to use from any thread. `scattered` means slices in any order.
 
     Keeps the index of every shard it has touched: 16 bytes a chunk. All reads raise OSError or ValueError when
     something is damaged or gone, with the name of the array.
     """
 
-    def __init__(self, root: Place, allocate: Allocate = np.empty) -> None:
-        self._root, self._allocate = Folder(root) if isinstance(root, Path) else root, allocate
+    def __init__(self, root: Place, allocate: Allocate = np.empty, *, scattered: bool = False) -> None:
+        self._root = Folder(root, scattered=scattered) if isinstance(root, Path) else root
+        self._allocate = allocate
         self._layouts: _Once[str, Layout] = _Once()
         self._indexes: _Once[tuple[str, int], NDArray[np.int64]] = _Once()
 
@@ -164,25 +165,15 @@ class _Plan:
     def decode(self, contents: list[NDArray[np.uint8]], allocate: Allocate) -> NDArray[Any]:
         """The values of the slice, from the contents of its spans."""
         out = allocate(self.stop - self.start, self.layout.dtype)
-        chunk, at = self.layout.chunk, self.chunks.start * self.layout.chunk - self.start
+        size = self.layout.chunk * out.itemsize
+        at = self.chunks.start * size - self.start * out.itemsize
         for content, cuts, file in zip(contents, self._cuts, self._files, strict=True):
             for begin, end in cuts:
-                body = _checked(content[begin:end], file)
-                if at >= 0 and at + chunk <= len(out):
-                    self._expand(body, out[at : at + chunk])
-                else:  # the first and the last chunk hold values of neighbours
-                    whole = np.empty(chunk, self.layout.dtype)
-                    self._expand(body, whole)
-                    low, high = max(at, 0), min(at + chunk, len(out))
-                    out[low:high] = whole[low - at : high - at]
-                at += chunk
+                _checked(content[begin:end], file)
+            starts = [begin for begin, _ in cuts]
+            unpack(content, starts, size, at, out.view(np.uint8), compressed=self.layout.compressed)
+            at += size * len(cuts)
         return out
-
-    def _expand(self, body: NDArray[np.uint8], out: NDArray[Any]) -> None:
-        if self.layout.compressed:
-            blosc.decompress(body, out)
-        else:
-            out.view(np.uint8)[:] = body
 
 
 def _checked(raw: NDArray[np.uint8], name: str) -> NDArray[np.uint8]:

@@ -262,16 +262,16 @@ class ViewSource:
         self._codes = {c.key: _Codes(view.column(c.key), c) for c in covariates}
         self._numbers = dict.fromkeys([*schema.continuous, *([schema.size_factor] if schema.size_factor else [])])
         self._measured = np.array(schema.measured, bool)
-        self._arrays, self._checked = Arrays(view.path, Recycled()), False
+        self._arrays, self._checked = Arrays(view.path, Recycled(), scattered=True), False
 
     def __reduce__(self) -> tuple[type[ViewSource], tuple[View, Schema]]:
         return ViewSource, (self.view, self.schema)  # neither the indexes of shards nor locks travel
 
     @property
     def readers(self) -> int:
-        """How many blocks to read at once: a few on a disk; on an object store as many as hide its latency."""
+        """How many blocks to read at once: on a disk a few more than cores; on an object store as many as hide its latency."""
         if isinstance(self.view.path, Path):
-            return min(4, cores())
+            return min(4, 2 * cores())
         block = self.view.manifest["nnz"] / self.n_rows * self.block_rows * 4  # bytes
         return int(np.clip(_REMOTE_BYTES / block, 4, 32))
 

@@ -177,7 +177,10 @@ def cut_chunk(atlas):
     ("fault", "message"),
     [
         (nan, r"The loss became nan at epoch 1, step 1 \(cells at rows \[\d+, .*The last checkpoint is intact"),
-        (flipped_chunk, r"View 'default' of .*atlas\.zarr: rows \d+ to \d+ cannot be read \(a checksum of \w+/c/0 is wrong"),
+        (
+            flipped_chunk,
+            r"View 'default' of .*atlas\.zarr: rows \d+ to \d+ cannot be read \(a checksum of \w+/c/0 is wrong",
+        ),
         (cut_chunk, r"View 'default' of .*atlas\.zarr: rows \d+ to \d+ cannot be read \(\w+/c/0 is too short"),
     ],
 )

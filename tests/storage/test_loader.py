@@ -199,7 +199,7 @@ def test_blocks_are_read_once_per_lane_that_touches_them():
 
 def test_an_error_in_the_thread_reaches_the_consumer_and_the_thread_ends():
     def broken():
-        yield 1
+        yield [1]
         raise OSError("disk gone")
 
     before = threading.active_count()
@@ -210,7 +210,7 @@ def test_an_error_in_the_thread_reaches_the_consumer_and_the_thread_ends():
 
 def test_leaving_early_stops_the_thread():
     before = threading.active_count()
-    with Prefetched(lambda: iter(range(10**9)), depth=2) as items:
+    with Prefetched(lambda: ([k] for k in range(10**9))) as items:
         assert next(iter(items)) == 0
     assert threading.active_count() == before
 
@@ -234,9 +234,9 @@ def test_items_are_made_ahead_and_waiting_is_measured():
     def slow():
         for k in range(3):
             time.sleep(0.02)
-            yield k
+            yield [k, k + 0.5]
 
     with Prefetched(slow) as items:
         time.sleep(0.2)
-        assert list(items) == [0, 1, 2]
+        assert list(items) == [0, 0.5, 1, 1.5, 2, 2.5]
     assert items.waited < 0.05
