@@ -116,15 +116,16 @@ class Span(NamedTuple):
 
 
 class Folder:
-    """The files below a folder of this machine; those that were read last stay open. Safe to use from any thread.
+    """The files below a folder of this machine. Safe to use from any thread.
 
-    Opening, asking for the size and closing give up the interpreter's lock three times for a read that needs it once,
-    and every time it is waited for costs more than the call. Of files that are read here and there (`scattered`) the
-    system is told to read nothing but what is asked for: its guesses were a third of the bytes.
+    `held` is for many small reads here and there: so many files stay open, because opening, asking for the size and
+    closing give up the interpreter's lock three times for a read that needs it once, and every time it is waited for
+    costs more than the call. The system is told to read nothing but what is asked for: its guesses were a third of
+    the bytes. A held file that is removed or replaced is read as it was.
     """
 
-    def __init__(self, root: Path, *, scattered: bool = False, held: int = 64) -> None:
-        self._opened = lru_cache(held)(lambda name: _File(root, name, scattered=scattered))
+    def __init__(self, root: Path, held: int = 0) -> None:
+        self._opened = lru_cache(held)(lambda name: _File(root, name, scattered=held > 0))
 
     def read(self, span: Span, allocate: Allocate) -> NDArray[np.uint8]:
         """The bytes of a span; raises as `read_spans`."""

@@ -84,7 +84,7 @@ class Arrays:
     """
 
     def __init__(self, root: Place, allocate: Allocate = np.empty, *, scattered: bool = False) -> None:
-        self._root = Folder(root, scattered=scattered) if isinstance(root, Path) else root
+        self._root = Folder(root, held=64 if scattered else 0) if isinstance(root, Path) else root
         self._allocate = allocate
         self._layouts: _Once[str, Layout] = _Once()
         self._indexes: _Once[tuple[str, int], NDArray[np.int64]] = _Once()
