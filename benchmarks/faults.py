@@ -19,6 +19,7 @@ import signal
 import statistics
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -36,6 +37,7 @@ os.environ |= {
     "RAY_health_check_failure_threshold": "3",
     "RAY_health_check_initial_delay_ms": "0",
     "OMP_NUM_THREADS": "1",
+    "RAY_TMPDIR": tempfile.mkdtemp(prefix="scv-"),  # short, and no other Ray's; holds a few MB of logs
 }
 
 import numpy as np
@@ -94,7 +96,7 @@ class Lab:
 
     def config(self, name: str, **changes: Any) -> TrainConfig:
         out = self.folder / f"{name}-{int(time.time())}"
-        fit = FitConfig(max_epochs=self.epochs, batch_size=BATCH, lr=3e-3, threads=1, deterministic=True)
+        fit = FitConfig(max_epochs=self.epochs, batch_size=BATCH, lr=3e-3, threads=1, deterministic=True, n_lanes=2)
         options: dict[str, Any] = {"batch_key": "study", "preset": "scarches", "set": SMALL, "log_cells": True}
         options |= {"checkpoint_every": "0.5s", "max_failures": 1000, "resize_seconds": 3.0}
         return TrainConfig(out=out, fit=fit, tracking=TrackingConfig(tracking_uri="none"), **options | changes)
@@ -512,6 +514,7 @@ def command(lab: Lab, config: TrainConfig, *, resume: bool) -> list[str]:
         words += ["--resume"]
     else:
         words += ["--batch-key", "study", "--preset", "scarches", "--deterministic", "--threads", "1", "--lr", "0.003"]
+        words += ["--n-lanes", "2"]
         words += ["--batch-size", str(BATCH), "--max-epochs", str(config.fit.max_epochs)]
         words += [w for option in SMALL for w in ("--set", option)]
     return [sys.executable, "-m", "scviaduct.jobs", *words]

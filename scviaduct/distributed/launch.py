@@ -93,6 +93,8 @@ def _trainer(work: Callable[[Job], None], job: Job, config: TrainConfig, gpus: f
     timeout = int(config.hang_seconds * 1.1) + 5
     os.environ.setdefault("RAY_TRAIN_COLLECTIVE_TIMEOUT_S", str(timeout))
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
+    if fewest < most:  # room that Ray counts is there at once, or went with a node: then it is to count again soon
+        os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "10")
     return TorchTrainer(
         _on_worker,
         train_loop_config={"work": work, "job": job},

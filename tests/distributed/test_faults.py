@@ -8,6 +8,8 @@ import shutil
 import subprocess
 import sys
 import textwrap
+import threading
+import time
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +21,7 @@ from safetensors.torch import load_file
 
 from scviaduct.distributed import launch, loop
 from scviaduct.distributed.celllog import CellLog, read_cells
+from scviaduct.distributed.checkpoint import Checkpoints
 from scviaduct.distributed.failures import WorkerHangsError, may_pass
 from scviaduct.distributed.runstatus import run_status
 from scviaduct.distributed.train import train
@@ -245,7 +248,8 @@ HANGS = """
     from pathlib import Path
     from torch import distributed
     from scviaduct.distributed.celllog import CellLog
-    from scviaduct.distributed.failures import attempt
+    from scviaduct.distributed.checkpoint import Checkpoints
+from scviaduct.distributed.failures import attempt
     from scviaduct.distributed.train import work
 
     folder, rank = Path(sys.argv[1]), int(sys.argv[2])
@@ -300,11 +304,44 @@ def test_gpus_that_a_machine_does_not_have_are_an_error_at_once(atlas, config, t
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_group_that_is_to_grow_is_let_reach_a_checkpoint(tmp_path):
+    from ray.train.v2._internal.execution.controller.state import ResizingState, RunningState
+
+    from scviaduct.distributed.elastic import GrowAtCheckpoints
+
+    hook, moments = GrowAtCheckpoints(Checkpoints(tmp_path)), []
+
+    def write():
+        moments.append(time.monotonic())
+        (tmp_path / "step-000000016").mkdir()
+        (tmp_path / "step-000000016" / "state.json").write_text("{}")
+
+    hook.after_controller_state_update(None, RunningState())  # waits for nothing
+    writer = threading.Timer(0.5, write)
+    writer.start()
+    hook.after_controller_state_update(None, ResizingState(scaling_decision=None))
+    assert moments and time.monotonic() - moments[0] < 0.5
+    writer.join()
+
+
 @pytest.mark.slow
 def test_a_lost_node_shrinks_the_run_and_a_new_one_lets_it_grow(tmp_path):
     script = Path(__file__).parents[2] / "benchmarks" / "faults.py"
-    command = [sys.executable, "-W", "ignore", script, "node_lost", "--times", "1", "--work", tmp_path]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=500)
+    command = [
+        sys.executable,
+        "-W",
+        "ignore",
+        script,
+        "node_lost",
+        "--times",
+        "1",
+        "--between",
+        "20",
+        "60",
+        "--work",
+        tmp_path,
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=900)
     assert done.returncode == 0, done.stderr
     lost, added = map(json.loads, done.stdout.splitlines())
     for row in (lost, added):
