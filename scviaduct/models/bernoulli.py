@@ -43,9 +43,7 @@ _ZERO, _ONE = _f(0.0), _f(1.0)
 _MOST, _FLOOR = 100.0, 1e-12  # torch's BCELoss: -log is at most 100, q (1 - q) at least 1e-12 in the gradient
 _CAP, _SCALE = _f(_MOST), _f(1.0 / _FLOOR)
 _TILE = 512  # regions: a thread's share; the seven rows of a tile are 14 KB and stay in the first cache
-_BLOCK = (
-    8 * _TILE
-)  # regions whose logits exist at a time, whoever computes them: the sums must not depend on the threads
+_BLOCK = 8 * _TILE  # regions whose logits exist at a time; not a matter of threads, on which sums must not depend
 _BIAS, _YES, _NO, _COST, _SEEN, _BY_BIAS, _BY_REGION = range(0, 7 * _TILE, _TILE)
 
 

@@ -26,6 +26,7 @@ from scviaduct.schema import MISSING, Batch, Schema
 TRANSFORMS = ("log1p", "counts", "binary")
 """What an encoder may see of a count x > 0: log(1 + x), x, or 1."""
 
+_TILE = 1 << 18  # numbers of the weight that are in the cache (1 MB) while all cells take their rows from them
 _PARALLEL_FROM = 32  # cells: below this, waking threads costs more than it saves
 
 
@@ -53,25 +54,37 @@ def _sum_rows(
     values: NDArray[np.float32],
     table: NDArray[np.float32],
     out: NDArray[np.float32],
+    tile: int,
     chunk: int | np.int64,
     chunks: int,
 ) -> None:
-    """out[i] = sum_j values[j] * table[indices[j]], four rows of the table at a time, for one chunk of i."""
+    """out[i] = sum_j values[j] * table[indices[j]], four rows of the table at a time, for one chunk of i.
+
+    All i take their sorted indices from one tile of the table before the next, so that its rows are read into the cache once.
+    """
     n, width = out.shape
-    for i in range(n * chunk // chunks, n * (chunk + 1) // chunks):
-        o, j, end = out[i], indptr[i], indptr[i + 1]
-        o[:] = np.float32(0.0)
-        while j + 4 <= end:
-            t0, t1, t2, t3 = table[indices[j]], table[indices[j + 1]], table[indices[j + 2]], table[indices[j + 3]]
-            v0, v1, v2, v3 = values[j], values[j + 1], values[j + 2], values[j + 3]
-            for k in range(width):
-                o[k] += (v0 * t0[k] + v1 * t1[k]) + (v2 * t2[k] + v3 * t3[k])
-            j += 4
-        while j < end:
-            t0, v0 = table[indices[j]], values[j]
-            for k in range(width):
-                o[k] += v0 * t0[k]
-            j += 1
+    first, last = n * chunk // chunks, n * (chunk + 1) // chunks
+    at = indptr[first:last].copy()
+    for start in range(0, max(1, len(table)), tile):
+        for i in range(first, last):
+            o, j, stop = out[i], at[i - first], indptr[i + 1]
+            if start == 0:
+                o[:] = np.float32(0.0)
+            end = j
+            while end < stop and indices[end] < start + tile:
+                end += 1
+            at[i - first] = end
+            while j + 4 <= end:
+                t0, t1, t2, t3 = table[indices[j]], table[indices[j + 1]], table[indices[j + 2]], table[indices[j + 3]]
+                v0, v1, v2, v3 = values[j], values[j + 1], values[j + 2], values[j + 3]
+                for k in range(width):
+                    o[k] += (v0 * t0[k] + v1 * t1[k]) + (v2 * t2[k] + v3 * t3[k])
+                j += 4
+            while j < end:
+                t0, v0 = table[indices[j]], values[j]
+                for k in range(width):
+                    o[k] += v0 * t0[k]
+                j += 1
 
 
 @numba.njit(nogil=True, cache=True, parallel=True)
@@ -81,19 +94,23 @@ def _sum_rows_parallel(
     values: NDArray[np.float32],
     table: NDArray[np.float32],
     out: NDArray[np.float32],
+    tile: int,
     chunks: int,
 ) -> None:
     for chunk in numba.prange(chunks):
-        _sum_rows(indptr, indices, values, table, out, np.int64(chunk), chunks)
+        _sum_rows(indptr, indices, values, table, out, tile, np.int64(chunk), chunks)
 
 
 def _product(indptr: NDArray, indices: NDArray, values: NDArray, table: Tensor, chunks: int) -> Tensor:
+    """CSR values @ table."""
     out = empty(len(indptr) - 1, table.shape[1])
     rows = np.ascontiguousarray(table.detach().numpy())
+    # The longer of table and output is the one to go through once.
+    tile = max(1, _TILE // out.shape[1] if len(rows) > len(out) else len(rows))
     if chunks == 1:
-        _sum_rows(indptr, indices, values, rows, out.numpy(), 0, 1)
+        _sum_rows(indptr, indices, values, rows, out.numpy(), tile, 0, 1)
     else:
-        _sum_rows_parallel(indptr, indices, values, rows, out.numpy(), chunks)
+        _sum_rows_parallel(indptr, indices, values, rows, out.numpy(), tile, chunks)
     return out
 
 
