@@ -19,6 +19,7 @@ _VERBS = {
     "repair": "scviaduct.storage.repair",
     "export": "scviaduct.storage.export",
     "train": "scviaduct.distributed.train",
+    "tune": "scviaduct.distributed.tune",
     "map": "scviaduct.distributed.map",
     "embed": "scviaduct.distributed.outputs",
     "decode": "scviaduct.distributed.outputs",

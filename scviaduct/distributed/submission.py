@@ -33,7 +33,7 @@ EXCLUDED = (
 """What of a working folder stays here: data, environments, histories."""
 MOST_BYTES = 100 * 2**20
 """More is refused before anything is sent: every node would unpack it. Ray's own limit is 500 MiB."""
-WITH_ADDRESS = ("convert", "prepare", "train", "map")
+WITH_ADDRESS = ("convert", "prepare", "train", "tune", "map")
 """Verbs that spread over a cluster when they are told its address."""
 
 

@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -53,7 +54,7 @@ from scviaduct.storage.view import View
 OnEpoch = Callable[[dict[str, float]], None]
 Options = TypeVar("Options", TrainConfig, FitConfig)
 
-_FREE_ON_RESUME = {
+FREE_ON_RESUME = {
     *("out", "workers", "address", "gpus_per_worker", "resume"),
     *("checkpoint_every", "keep_checkpoints", "max_failures", "hang_seconds", "resize_seconds", "tracking"),
     "log_cells",
@@ -75,8 +76,10 @@ class Job:
         return self.config.out
 
 
-def train(atlas: str | Place, config: TrainConfig, *, on_epoch: OnEpoch | None = None) -> Bundle:
+def train(atlas: str | Place, config: TrainConfig, *, on_epoch: OnEpoch = lambda record: None) -> Bundle:
     """Train a model on a view of `atlas` and return its bundle; `on_epoch` receives one record of numbers an epoch.
+
+    With one worker the loop waits for it, and ends with what it raises; with more it is called beside the training.
 
     Raises:
         OutputExistsError: `config.out` exists and this is no resume.
@@ -91,28 +94,34 @@ def train(atlas: str | Place, config: TrainConfig, *, on_epoch: OnEpoch | None =
         config = _as_started(config)
         if (config.out / "bundle").exists():
             return Bundle.open(config.out)
+    job, view = checked(atlas, config)
+    config = job.config
+    tracker = _open_run(job, view)
+    alone = config.most_workers == 1 and not config.address
+    with (
+        tracker.closing(),
+        _nothing_left(job),
+        Follower(config.out / "history.jsonl", [*([] if alone else [on_epoch]), *_listeners(tracker)]),
+    ):
+        run_on_workers(partial(work, on_epoch=on_epoch) if alone else work, job, config)
+        bundle = _bundle(job, view, tracker)
+    return bundle
+
+
+def checked(atlas: Place, config: TrainConfig) -> tuple[Job, View]:
+    """The job of a configuration, and its data; what does not fit these, or each other, is refused."""
     view = View.open(atlas, config.view)
     schema = _schema(view, config)
     kind = model_class(config.model)
     start = Bundle.open(config.init_from) if config.init_from else None
     options = model_config(kind, config.preset, config.set, options_of(start, kind) if start else None)
-    # options that do not fit the data or each other fail here, before anything is written
     model = kind(schema, options)
     plan = config.fit.plan(model.training_plan, view.n_rows, refines=start is not None)
     config = dataclasses.replace(config, fit=config.fit.decided(plan))
     samplers(model, view.source(schema), config.fit, Workers(0, config.most_workers))
     if start:
         start_from(model, start)
-    job = Job(str(atlas), config, schema, asdict(options))
-    tracker = _open_run(job, view)
-    with (
-        tracker.closing(),
-        _nothing_left(job),
-        Follower(config.out / "history.jsonl", [*([on_epoch] if on_epoch else []), *_listeners(tracker)]),
-    ):
-        run_on_workers(work, job, config)
-        bundle = _bundle(job, view, tracker)
-    return bundle
+    return Job(str(atlas), config, schema, asdict(options)), view
 
 
 @contextmanager
@@ -132,7 +141,7 @@ def _absolute(config: TrainConfig) -> TrainConfig:
     return dataclasses.replace(config, out=local(config.out, "The run's folder").absolute(), init_from=start)
 
 
-def work(job: Job) -> None:
+def work(job: Job, on_epoch: OnEpoch = lambda record: None) -> None:
     """One worker's part of the run: train, then embed its share of the reference."""
     config, workers = job.config, Workers.current()
     source = View.open(job.atlas, config.view).source(job.schema)
@@ -153,7 +162,7 @@ def work(job: Job) -> None:
         hooks = Hooks(
             saver=saver,
             cells=CellLog(job.out / "cells", workers.rank, attempt) if config.log_cells else None,
-            on_epoch=lambda record: _append(job.out / "history.jsonl", record),
+            on_epoch=partial(_tell, job.out / "history.jsonl", on_epoch),
         )
         fit(model, source, config.fit, workers, hooks)
     _embed_reference(model, source, job, workers)
@@ -177,14 +186,14 @@ def _as_started(config: TrainConfig) -> TrainConfig:
     if not file.is_file():
         raise ConfigError(f"There is no run to resume in {config.out}; leave --resume out to start one.")
     started = TrainConfig.from_dict(read_json(file)["config"])
-    clash = _clashes(config, started, TrainConfig(out=config.out), _FREE_ON_RESUME | {"fit"})
-    clash += _clashes(config.fit, started.fit, FitConfig(), set())
+    clash = clashes(config, started, TrainConfig(out=config.out), FREE_ON_RESUME | {"fit"})
+    clash += clashes(config.fit, started.fit, FitConfig(), set())
     if clash:
         raise ConfigError(f"The run in {config.out} was started with other options: {'; '.join(clash)}.")
-    return dataclasses.replace(started, **{name: getattr(config, name) for name in _FREE_ON_RESUME})
+    return dataclasses.replace(started, **{name: getattr(config, name) for name in FREE_ON_RESUME})
 
 
-def _clashes(now: Options, started: Options, default: Options, free: set[str]) -> list[str]:
+def clashes(now: Options, started: Options, default: Options, free: set[str]) -> list[str]:
     """The options that were given, are not free, and are not those of the run."""
     pairs = [(f.name, getattr(now, f.name), getattr(started, f.name)) for f in dataclasses.fields(now)]
     given = [p for p in pairs if p[0] not in free and p[1] != getattr(default, p[0])]
@@ -216,9 +225,10 @@ def _listeners(tracker: Tracker) -> list[OnEpoch]:
     return [lambda record: tracker.metrics(int(record["epoch"]), record)]
 
 
-def _append(path: Path, record: dict[str, float]) -> None:
-    with path.open("a") as stream:
+def _tell(history: Path, on_epoch: OnEpoch, record: dict[str, float]) -> None:
+    with history.open("a") as stream:
         stream.write(json.dumps(record) + "\n")
+    on_epoch(record)
 
 
 def _next_attempt(out: Path, workers: Workers) -> int:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import errno
 import logging
 import sys
+from pathlib import Path
 
-from cyclopts import App, Parameter
+from cyclopts import App, ArgumentCollection, Parameter
+from cyclopts.config import Toml
 from rich.console import Console
 
 from scviaduct import __version__
-from scviaduct.errors import ScviaductError
+from scviaduct.errors import ConfigError, ScviaductError
 from scviaduct.jobs import (
     convert,
     de,
@@ -28,6 +30,7 @@ from scviaduct.jobs import (
     submit,
     sync,
     train,
+    tune,
     verify,
 )
 
@@ -37,8 +40,22 @@ def _shown(default: object) -> str | None:
     return None if default in (None, ()) or default is False else str(default)
 
 
+def _from_file(command: App, verbs: tuple[str, ...], arguments: ArgumentCollection) -> None:
+    """Options that are not given as flags come from the file of --config, where a verb has it."""
+    for argument in arguments:
+        if argument.names == ("--config",) and argument.tokens:
+            path = Path(argument.tokens[0].value)
+            if not path.is_file():
+                raise ConfigError(f"--config {path} does not exist.")
+            file = Toml(path)
+            if not isinstance(file.config.get(verbs[0]), dict):
+                raise ConfigError(f"--config {path} has no table [{verbs[0]}].")
+            file(command, verbs, arguments)
+
+
 app = App(
     name="scviaduct",
+    config=_from_file,
     version=__version__,
     help="Train reference models on single-cell atlases larger than memory, and map hundreds of queries onto them.",
     # a list is empty when it is not given: --empty-set and the like would say nothing more
@@ -46,7 +63,7 @@ app = App(
 )
 
 _VERBS = (
-    *(convert, prepare, train, status, sync, map, embed, decode, evaluate, de),
+    *(convert, prepare, train, tune, status, sync, map, embed, decode, evaluate, de),
     *(inspect, verify, repair, export, import_, submit, demo),
 )
 for _place, _verb in enumerate(_VERBS):

@@ -10,14 +10,19 @@ from cyclopts import Parameter
 from scviaduct.distributed.config import TrainConfig
 from scviaduct.jobs.display import Steps, epoch_remark, output
 
+ConfigFile = Annotated[Path | None, Parameter(name="--config")]
 
-def command(atlas: Path, /, *, config: Annotated[TrainConfig, Parameter(name="*")]) -> int:
+
+def command(
+    atlas: Path, /, *, config: Annotated[TrainConfig, Parameter(name="*")], config_file: ConfigFile = None
+) -> int:
     """Train a model on a view; the result is a bundle and an MLflow version.
 
     The bundle is OUT/bundle; the version is in MLflow's registry under the name of OUT.
 
     Args:
         atlas: An atlas with a view made by prepare.
+        config_file: TOML file with options in a table [train]; those given here come first.
     """
     from scviaduct.distributed.train import train
 

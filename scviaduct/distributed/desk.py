@@ -1,0 +1,92 @@
+"""Between a search and those who run it: hands out trials, takes their reports, tells MLflow and the display."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+from scviaduct.distributed.study import Study
+from scviaduct.distributed.tracking import Tracker, flat
+from scviaduct.distributed.trialrun import Goal
+from scviaduct.distributed.trials import Trial, best_of, folder_of, read_history
+from scviaduct.distributed.tuneconfig import TuneConfig
+
+OnProgress = Callable[[list[Trial], Trial | None], None]
+"""Receives all trials, and the best so far, whenever one begins, goes on or ends."""
+
+
+class Desk:
+    """Hands trials to Ray Tune, takes their reports, and tells MLflow and the display."""
+
+    def __init__(self, config: TuneConfig, goal: Goal, study: Study, tracker: Tracker, on_progress: OnProgress) -> None:
+        self.study, self.goal, self.tracker, self._config = study, goal, tracker, config
+        self._on_progress = on_progress
+        self._children: dict[int, Tracker] = {}
+        self._logged = {number: len(self.history(number)) for number in study.trials}
+
+    @property
+    def best(self) -> Trial | None:
+        """The best trial so far."""
+        return best_of(list(self.study.trials.values()), highest=self.goal.scib)
+
+    def history(self, number: int) -> list[dict[str, float]]:
+        """A trial's epochs."""
+        return read_history(folder_of(self._config.out, number))
+
+    def curves(self) -> list[tuple[int, list[float]]]:
+        """Of the trials that ended, by number, what each epoch was compared by."""
+        ended = [t for t in self.study.trials.values() if t.state in {"done", "stopped"}]
+        return [(t.number, [r[self.goal.curve] for r in self.history(t.number)[: t.epochs]]) for t in ended]
+
+    def next(self) -> Trial | None:
+        """The next trial, with a child run of its own."""
+        trial = self.study.next()
+        if trial is None:
+            return None
+        child = self._children[trial.number] = Tracker(self._config.tracking)
+        if trial.mlflow_run:
+            child.resume(trial.mlflow_run)
+        elif self.tracker.run_id:
+            params = flat(self._config.fixed(trial.params).to_dict())
+            child.start(
+                f"trial {trial.number}", trial.params | params, {"trial": str(trial.number)}, self.tracker.run_id
+            )
+            trial = dataclasses.replace(trial, mlflow_run=child.run_id)
+            self.study.keep(trial)
+        self._tell()
+        return trial
+
+    def heard(self, number: int, epoch: int) -> None:
+        """Log epochs that are new."""
+        new = self.history(number)[self._logged.get(number, 0) : epoch]
+        for record in new:
+            self._children[number].metrics(int(record["epoch"]), record)
+        self._logged[number] = self._logged.get(number, 0) + len(new)
+        self._tell()
+
+    def end(self, number: int, result: dict[str, Any]) -> None:
+        """Keep what became of a trial."""
+        trial, child = self.study.trials[number], self._children.pop(number)
+        history = self.history(number)[: result.get("epoch")]
+        facts: dict[str, Any] = {
+            "epochs": len(history),
+            "seconds": round(sum(record["seconds"] for record in history), 2),
+        }
+        if "failed" in result:
+            facts |= {"state": "failed", "message": result["failed"]}
+        elif "value" in result:
+            scores = {name.partition("/")[2]: v for name, v in result.items() if name.startswith("scores/")}
+            facts |= {"state": "done", "value": result["value"], "scores": scores}
+            child.metrics(len(history), {"value": result["value"]} | scores)
+        else:
+            facts |= {"state": "stopped", "value": result["compared"]}
+        trial = dataclasses.replace(trial, **facts)
+        self.study.end(trial)
+        child.end({"done": "FINISHED", "stopped": "KILLED"}.get(trial.state, "FAILED"))
+        if self.best:
+            self.tracker.metrics(number, {"best": float(self.best.value or 0)})
+        self._tell()
+
+    def _tell(self) -> None:
+        self._on_progress([self.study.trials[n] for n in sorted(self.study.trials)], self.best)
