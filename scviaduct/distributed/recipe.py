@@ -138,8 +138,8 @@ def require_options(recipe: Recipe, config: TuneConfig, model: type[Model], n_ce
             raise recipe.error(option, "it is given as a fixed option, too; leave one of the two out.")
         _require_type(recipe, option, known[name])
         for value in option.extremes:
-            trial = config.fixed({name: value})
             try:
+                trial = config.fixed({name: value})
                 model_config(model, trial.preset, trial.set)
                 trial.fit.plan(model.plan, n_cells)
             except ConfigError as error:

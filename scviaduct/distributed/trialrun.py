@@ -16,6 +16,7 @@ from scviaduct.distributed.train import train
 from scviaduct.distributed.trials import Trial, folder_of, read_history
 from scviaduct.distributed.tuneconfig import TuneConfig
 from scviaduct.errors import DataError, ScviaductError
+from scviaduct.storage.locks import locked
 from scviaduct.storage.manifest import read_json
 
 log = logging.getLogger(__name__)
@@ -45,20 +46,25 @@ def run_trial(out: Path, number: int, report: Callable[[dict[str, Any]], object]
     settings = read_json(out / "tune.json")
     config, goal = TuneConfig.from_dict(settings["config"]), Goal(**settings["goal"])
     trial = Trial(**read_json(out / "trials" / f"{number:03d}.json"))
-    folder = folder_of(out, number)
-    if folder.exists() and not (folder / "run.json").is_file():  # killed before it began
-        shutil.rmtree(folder)
+    folder, lock = folder_of(out, number), out / "trials" / f".{number:03d}.lock"
+    told = 0
 
-    def told(record: dict[str, float]) -> None:
+    def tell(record: dict[str, float]) -> None:
+        nonlocal told
         epoch = int(record["epoch"]) + 1
-        if epoch < read_json(folder / "run.json")["config"]["fit"]["max_epochs"]:
+        if told < epoch < read_json(folder / "run.json")["config"]["fit"]["max_epochs"]:
+            told = epoch
             report({"epoch": epoch, "compared": record[goal.curve]})
 
     try:
-        for record in read_history(folder):
-            told(record)
-        bundle = train(settings["atlas"], config.trial(folder, trial.params), on_epoch=told)
-        result = judged(bundle, Path(settings["atlas"]), config, goal)
+        # the trial's process of a driver that was killed may live on for some seconds
+        with locked(lock, busy=f"Another process trains in {folder}.", patience=60):
+            if folder.exists() and not (folder / "run.json").is_file():  # killed before it began
+                shutil.rmtree(folder)
+            for record in read_history(folder):
+                tell(record)
+            bundle = train(settings["atlas"], config.trial(folder, trial.params), on_epoch=tell)
+            result = judged(bundle, settings["atlas"], config, goal)
     except ScviaductError as error:
         result = {"failed": str(error)}
     except Exception as error:  # noqa: BLE001 - one trial's failure must not end the search
@@ -67,7 +73,7 @@ def run_trial(out: Path, number: int, report: Callable[[dict[str, Any]], object]
     report(result)
 
 
-def judged(bundle: Bundle, atlas: Path, config: TuneConfig, goal: Goal) -> dict[str, Any]:
+def judged(bundle: Bundle, atlas: str, config: TuneConfig, goal: Goal) -> dict[str, Any]:
     """The value of a trained model and what it is made of.
 
     Raises:

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import json
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
 from scviaduct.distributed.bundle import Bundle
 from scviaduct.distributed.cluster import ray_cluster
-from scviaduct.distributed.config import FitConfig
+from scviaduct.distributed.config import FitConfig, TrainConfig
 from scviaduct.distributed.desk import Desk, OnProgress
 from scviaduct.distributed.nodes import require_shared_files
 from scviaduct.distributed.recipe import Recipe, read_recipe, require_options
@@ -24,9 +26,10 @@ from scviaduct.distributed.tracking import Tracker, flat
 from scviaduct.distributed.train import FREE_ON_RESUME, checked, clashes
 from scviaduct.distributed.trialrun import Goal
 from scviaduct.distributed.trials import Trial, folder_of, read_trials, table_of
-from scviaduct.distributed.tuneconfig import TuneConfig, as_toml
+from scviaduct.distributed.tuneconfig import TuneConfig
 from scviaduct.errors import ConfigError, ScviaductError
 from scviaduct.models import model_class
+from scviaduct.storage.locks import locked
 from scviaduct.storage.manifest import (
     ATLAS_MARKER,
     VIEW_MARKER,
@@ -42,6 +45,12 @@ _KEPT = {"search", "n_trials", "parallel", "name"}
 """Options that a resumed search keeps unless they are given again."""
 _FREE = (FREE_ON_RESUME - {"workers"}) | _KEPT
 _N_TRIALS = 20
+_RAY_SWITCHES = {
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Ctrl-C ends the search here and now
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # Ray's own logs of each trial, which nobody reads
+    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # a trial that failed has no number
+    "RAY_AIR_NEW_OUTPUT": "0",  # the new one prints in spite of verbose=0
+}
 
 
 @dataclass(frozen=True)
@@ -78,7 +87,8 @@ def tune(atlas: str | Place, config: TuneConfig, *, on_progress: OnProgress = la
     view, recipe = View.open(atlas, config.view), read_recipe(Path(str(config.search)))
     goal, rungs = _checked(atlas, view, config, recipe)
     tracker = _open(str(atlas), view, config, recipe, goal)
-    with tracker.closing(), _nothing_left(config.out):
+    busy = f"Another search runs in {config.out}."
+    with tracker.closing(), _nothing_left(config.out), locked(config.out / ".lock", busy=busy):
         known = read_trials(config.out)
         study = Study(
             config.out,
@@ -166,9 +176,7 @@ def _run(atlas: str, config: TuneConfig, desk: Desk, rungs: dict[str, int]) -> N
     threads = float(config.fit.threads or 1)
     # a trial of several processes needs one more, which drives them
     cores = threads if config.workers == 1 else 1.0 + config.workers
-    # Ctrl-C ends the search here and now; Ray writes no logs of its own and shows nothing
-    switches = {"TUNE_DISABLE_SIGINT_HANDLER": "1", "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1", "RAY_AIR_NEW_OUTPUT": "0"}
-    for name, value in switches.items():
+    for name, value in _RAY_SWITCHES.items():
         os.environ.setdefault(name, value)
     with ray_cluster(config.address, int(cores) * (config.parallel or 1)):
         from scviaduct.distributed.raytune import Rungs, run_trials
@@ -219,6 +227,8 @@ def _finish(config: TuneConfig, desk: Desk) -> Search:
     out, best, trials = config.out, desk.best, list(desk.study.trials.values())
     table = table_of(trials, highest=desk.goal.scib)
     write_atomic(out / "trials.csv", table.to_csv(index=False).encode())
+    for lock in (out / "trials").glob(".*.lock"):
+        lock.unlink()
     for trial in trials:
         shutil.rmtree(folder_of(out, trial.number) / "checkpoints", ignore_errors=True)
     desk.tracker.artifacts(out / "trials.csv", "")
@@ -245,3 +255,34 @@ def _register(config: TuneConfig, best: Trial, bundle: Bundle) -> None:
     child.register(config.name or config.out.name, tags)
     child.end("FINISHED")
     write_json_atomic(config.out / "tune.json", settings | {"registered": best.number})
+
+
+def as_toml(config: TrainConfig) -> str:
+    """The [train] table that `train --config` takes: what differs from the defaults, but not where and how it runs."""
+    left_out = {
+        "out",
+        "resume",
+        "address",
+        "checkpoint_seconds",
+        "max_failures",
+        "log_cells",
+        "tracking",
+        "fit",
+        "name",
+    }
+    default, fit = TrainConfig(out=config.out), FitConfig()
+    given = {f.name: getattr(config, f.name) for f in fields(TrainConfig) if f.name not in left_out}
+    given = {name: v for name, v in given.items() if name == "model" or v != getattr(default, name)}
+    given |= {f.name: v for f in fields(fit) if (v := getattr(config.fit, f.name)) != getattr(fit, f.name)}
+    return "[train]\n" + "".join(f"{name} = {_toml(value)}\n" for name, value in given.items())
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, tuple):
+        return "[" + ", ".join(_toml(v) for v in value) + "]"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, (str, Path)):
+        # TOML's basic strings are JSON's, but for DEL
+        return json.dumps(str(value), ensure_ascii=False).replace("\x7f", "\\u007f")
+    return repr(value)

@@ -97,36 +97,3 @@ class TuneConfig(TrainConfig):
 def _text(value: Any) -> str:
     """A model option's value as --set takes it."""
     return str(value).lower() if isinstance(value, bool) else str(value)
-
-
-def as_toml(config: TrainConfig) -> str:
-    """The [train] table that `train --config` takes: what differs from the defaults, but not where and how it runs."""
-    left_out = {
-        "out",
-        "resume",
-        "address",
-        "checkpoint_seconds",
-        "max_failures",
-        "log_cells",
-        "tracking",
-        "fit",
-        "name",
-    }
-    default, fit = TrainConfig(out=config.out), FitConfig()
-    given = {f.name: getattr(config, f.name) for f in fields(TrainConfig) if f.name not in left_out}
-    given = {name: v for name, v in given.items() if name == "model" or v != getattr(default, name)}
-    given |= {f.name: v for f in fields(fit) if (v := getattr(config.fit, f.name)) != getattr(fit, f.name)}
-    return "[train]\n" + "".join(f"{name} = {_toml(value)}\n" for name, value in given.items())
-
-
-def _toml(value: Any) -> str:
-    if isinstance(value, tuple):
-        return "[" + ", ".join(_toml(v) for v in value) + "]"
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, (str, Path)):
-        # TOML's basic strings are JSON's, but for DEL
-        import json
-
-        return json.dumps(str(value), ensure_ascii=False).replace("\x7f", "\\u007f")
-    return repr(value)
