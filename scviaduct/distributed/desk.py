@@ -6,14 +6,15 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+from scviaduct.distributed.follow import read_history
 from scviaduct.distributed.study import Study
 from scviaduct.distributed.tracking import Tracker, flat
 from scviaduct.distributed.trialrun import Goal
-from scviaduct.distributed.trials import Trial, best_of, folder_of, read_history
+from scviaduct.distributed.trials import Trial, best_of, folder_of
 from scviaduct.distributed.tuneconfig import TuneConfig
 
-OnProgress = Callable[[list[Trial], Trial | None], None]
-"""Receives all trials, and the best so far, whenever one begins, goes on or ends."""
+OnProgress = Callable[[list[Trial], Trial | None, int], None]
+"""Receives all trials, the best so far, and how many there will be, whenever a trial begins, goes on or ends."""
 
 
 class Desk:
@@ -23,7 +24,6 @@ class Desk:
         self.study, self.goal, self.tracker, self._config = study, goal, tracker, config
         self._on_progress = on_progress
         self._children: dict[int, Tracker] = {}
-        self._logged = {number: len(self.history(number)) for number in study.trials}
 
     @property
     def best(self) -> Trial | None:
@@ -44,29 +44,28 @@ class Desk:
         trial = self.study.next()
         if trial is None:
             return None
-        child = self._children[trial.number] = Tracker(self._config.tracking)
-        if trial.mlflow_run:
-            child.resume(trial.mlflow_run)
-        elif self.tracker.run_id:
+        child = self._children[trial.number] = self.tracker.child(trial.mlflow_key)
+        if not trial.mlflow_key:
             params = flat(self._config.fixed(trial.params).to_dict())
-            child.start(
-                f"trial {trial.number}", trial.params | params, {"trial": str(trial.number)}, self.tracker.run_id
-            )
-            trial = dataclasses.replace(trial, mlflow_run=child.run_id)
+            child.start(f"trial {trial.number}", trial.params | params, {"trial": str(trial.number)})
+            trial = dataclasses.replace(trial, mlflow_key=child.key)
             self.study.keep(trial)
         self._tell()
         return trial
 
     def heard(self, number: int, epoch: int) -> None:
-        """Log epochs that are new."""
-        new = self.history(number)[self._logged.get(number, 0) : epoch]
-        for record in new:
-            self._children[number].metrics(int(record["epoch"]), record)
-        self._logged[number] = self._logged.get(number, 0) + len(new)
+        """A trial has done so many epochs."""
+        self._log(number, epoch)
         self._tell()
+
+    def _log(self, number: int, epochs: int) -> None:
+        """Give MLflow the epochs that it does not know yet; those it was told of stay as they are."""
+        known = self.history(number)[:epochs]
+        self._children[number].history((int(record["epoch"]), record) for record in known)
 
     def end(self, number: int, result: dict[str, Any]) -> None:
         """Keep what became of a trial."""
+        self._log(number, result.get("epoch", 0))
         trial, child = self.study.trials[number], self._children.pop(number)
         history = self.history(number)[: result.get("epoch")]
         facts: dict[str, Any] = {
@@ -89,4 +88,4 @@ class Desk:
         self._tell()
 
     def _tell(self) -> None:
-        self._on_progress([self.study.trials[n] for n in sorted(self.study.trials)], self.best)
+        self._on_progress([self.study.trials[n] for n in sorted(self.study.trials)], self.best, self.study.n_trials)

@@ -1,20 +1,13 @@
-"""The driver's ear: follows the history that rank 0 writes, wherever rank 0 runs."""
+"""The driver's ear: follows the history that rank 0 writes, wherever rank 0 runs, or reads what there is of it."""
 
 from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 _POLL_SECONDS = 0.3
-
-
-def records(path: Path) -> Iterator[dict[str, float]]:
-    """The records in a JSON-lines file; a last line that was torn by a kill is none."""
-    for line in path.read_text().splitlines(keepends=True) if path.exists() else []:
-        if line.endswith("\n"):
-            yield json.loads(line)
 
 
 class Follower:
@@ -52,3 +45,15 @@ class Follower:
             record = json.loads(line)
             for listener in self._listeners:
                 listener(record)
+
+
+def read_history(run: Path) -> list[dict[str, float]]:
+    """A run's epochs in their order; an epoch repeated after a kill counts once, a line that a kill tore not."""
+    path, by_epoch = run / "history.jsonl", dict[int, dict[str, float]]()
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        by_epoch[int(record["epoch"])] = record
+    return [by_epoch[epoch] for epoch in sorted(by_epoch)]

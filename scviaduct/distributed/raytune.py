@@ -83,9 +83,6 @@ class _Suggestions(Searcher):
         self._desk = desk
         self._numbers: dict[str, int] = {}
 
-    def set_search_properties(self, metric: str | None, mode: str | None, config: dict[str, Any], **spec: Any) -> bool:
-        return True
-
     def suggest(self, trial_id: str) -> Any:
         trial = self._desk.next()
         if trial is None:

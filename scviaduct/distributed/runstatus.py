@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any, Literal
 
 from scviaduct.distributed.cadence import Every
 from scviaduct.distributed.failures import refusal
+from scviaduct.distributed.follow import read_history
 from scviaduct.distributed.journal import unsent
 from scviaduct.errors import UnreadableFileError
 from scviaduct.storage.manifest import read_json
@@ -64,7 +64,7 @@ def run_status(run: str | Path, *, now: float | None = None) -> RunStatus:
         raise UnreadableFileError(f"{folder} is not the folder of a training run: it has no run.json.")
     now = time.time() if now is None else now
     config = read_json(folder / "run.json")["config"]
-    history = _history(folder / "history.jsonl")
+    history = read_history(folder)
     newest = max((folder / "checkpoints").glob("step-*/state.json"), default=None)
     at = read_json(newest) if newest else {"epoch": 0, "step": 0, "finished": False}
     last = history[-1] if history else {}
@@ -88,18 +88,6 @@ def run_status(run: str | Path, *, now: float | None = None) -> RunStatus:
         reason=str(refused) if refused else "",
         unsent=unsent(folder),
     )
-
-
-def _history(path: Path) -> list[dict[str, float]]:
-    """Records in the order of the epochs; an epoch that was repeated after a kill counts once, a torn last line not."""
-    records: dict[int, dict[str, float]] = {}
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        records[int(record["epoch"])] = record
-    return [records[epoch] for epoch in sorted(records)]
 
 
 def _last_written(folder: Path) -> float:

@@ -12,8 +12,9 @@ import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.trial import TrialState
 
+from scviaduct.distributed.follow import read_history
 from scviaduct.distributed.recipe import Option, Recipe
-from scviaduct.distributed.trials import Trial, folder_of, read_history
+from scviaduct.distributed.trials import Trial, folder_of
 
 _STATES = {"done": TrialState.COMPLETE, "stopped": TrialState.PRUNED, "failed": TrialState.FAIL}
 
@@ -37,7 +38,7 @@ class Study:
         known: Sequence[Trial],
     ) -> None:
         self.trials = {trial.number: trial for trial in known}
-        self._out, self._seed, self._n_trials, self._curve = out, seed, n_trials, curve
+        self._out, self._seed, self.n_trials, self._curve = out, seed, n_trials, curve
         self._again = [trial for trial in known if trial.state == "running"]
         self._space = {option.name: distribution(option) for option in recipe.options}
         optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -50,7 +51,7 @@ class Study:
     @property
     def left(self) -> int:
         """Trials still to be run, those begun and not ended included."""
-        return self._n_trials - sum(trial.state != "running" for trial in self.trials.values())
+        return self.n_trials - sum(trial.state != "running" for trial in self.trials.values())
 
     def next(self) -> Trial | None:
         """The next trial, on disk as running; None when there are enough."""
@@ -58,7 +59,7 @@ class Study:
             trial = self._again.pop(0)
             self._asked[trial.number] = self._ask(trial.number, trial.params)
             return trial
-        if len(self.trials) >= self._n_trials:
+        if len(self.trials) >= self.n_trials:
             return None
         number = len(self.trials)
         self._asked[number] = self._ask(number)

@@ -57,10 +57,10 @@ class Tracker:
         """MLflow's name of the run; None until MLflow has been told of it."""
         return self._outbox.journal.ids.get(self.key) if self._outbox and self.key else None
 
-    def child(self) -> Tracker:
-        """A tracker for a run inside this one; it needs `start`, without a parent."""
+    def child(self, key: str | None = None) -> Tracker:
+        """A tracker for a run inside this one; it needs `start`, without a parent, or the `key` of one that was begun."""
         made = copy.copy(self)
-        made.key, made._parent, made._bundle, made._system = None, self.key, None, None
+        made.key, made._parent, made._bundle, made._system = key, self.key, None, None
         return made
 
     def start(self, name: str, params: Mapping[str, Any], tags: Mapping[str, str], parent: str | None = None) -> None:

@@ -32,7 +32,7 @@ from scviaduct.distributed.checkpoint import Checkpoints
 from scviaduct.distributed.config import FitConfig, TrainConfig
 from scviaduct.distributed.curves import draw_losses
 from scviaduct.distributed.datafacts import tell_data
-from scviaduct.distributed.follow import Follower, records
+from scviaduct.distributed.follow import Follower, read_history
 from scviaduct.distributed.launch import run_on_workers
 from scviaduct.distributed.lineage import data_of, tags_of_training
 from scviaduct.distributed.loop import Hooks, embed, fit, samplers
@@ -210,7 +210,7 @@ def _open_run(job: Job, view: View) -> Tracker:
                 f"The view {config.view!r} of {job.atlas} is not the one the run in {job.out} was started on."
             )
         tracker.resume(record["mlflow_run"])
-        tracker.history((int(r["epoch"]), r) for r in records(job.out / "history.jsonl"))
+        tracker.history((int(r["epoch"]), r) for r in read_history(job.out))
         return tracker
     job.out.mkdir(parents=True)
     tags = tags_of_training(view, job.schema)

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from scviaduct.distributed.bundle import Bundle
+from scviaduct.distributed.follow import read_history
 from scviaduct.distributed.train import train
-from scviaduct.distributed.trials import Trial, folder_of, read_history
+from scviaduct.distributed.trials import Trial, folder_of
 from scviaduct.distributed.tuneconfig import TuneConfig
 from scviaduct.errors import DataError, ScviaductError
 from scviaduct.storage.locks import locked

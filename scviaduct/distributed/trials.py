@@ -10,7 +10,6 @@ out/search.toml       the recipe
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -38,7 +37,8 @@ class Trial:
     seconds: float = 0.0
     message: str = ""
     """Why it failed."""
-    mlflow_run: str | None = None
+    mlflow_key: str | None = None
+    """The tracker's name of its run."""
 
     def save(self, out: Path) -> None:
         """Write the trial's record, whole or not at all."""
@@ -53,19 +53,6 @@ def folder_of(out: Path, number: int) -> Path:
 def read_trials(out: Path) -> list[Trial]:
     """All trials of a search, in their order."""
     return [Trial(**read_json(path)) for path in sorted((out / "trials").glob("*.json"))]
-
-
-def read_history(run: Path) -> list[dict[str, float]]:
-    """A run's epochs in their order; an epoch repeated after a kill counts once, a torn last line not."""
-    path = run / "history.jsonl"
-    records: dict[int, dict[str, float]] = {}
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        records[int(record["epoch"])] = record
-    return [records[epoch] for epoch in sorted(records)]
 
 
 def best_of(trials: Sequence[Trial], *, highest: bool) -> Trial | None:

@@ -9,7 +9,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from scviaduct.distributed.bundle import Bundle
 from scviaduct.distributed.cluster import ray_cluster
 from scviaduct.distributed.config import FitConfig, TrainConfig
 from scviaduct.distributed.desk import Desk, OnProgress
+from scviaduct.distributed.lineage import data_of, tags_of_training
 from scviaduct.distributed.nodes import require_shared_files
 from scviaduct.distributed.recipe import Recipe, read_recipe, require_options
 from scviaduct.distributed.study import Study
@@ -29,6 +30,7 @@ from scviaduct.distributed.trials import Trial, folder_of, read_trials, table_of
 from scviaduct.distributed.tuneconfig import TuneConfig
 from scviaduct.errors import ConfigError, ScviaductError
 from scviaduct.models import model_class
+from scviaduct.schema import Schema
 from scviaduct.storage.locks import locked
 from scviaduct.storage.manifest import (
     ATLAS_MARKER,
@@ -66,7 +68,7 @@ class Search:
     """The best trial's model."""
 
 
-def tune(atlas: str | Place, config: TuneConfig, *, on_progress: OnProgress = lambda trials, best: None) -> Search:
+def tune(atlas: str | Place, config: TuneConfig, *, on_progress: OnProgress = lambda trials, best, n: None) -> Search:
     """Search for the options with which a model of a view of `atlas` is best, and register the best trial's model.
 
     Optuna (TPE) suggests the options of each trial, Ray Tune runs each in a process of its own, ASHA stops those that are
@@ -85,8 +87,8 @@ def tune(atlas: str | Place, config: TuneConfig, *, on_progress: OnProgress = la
     else:
         config = _as_started(config)
     view, recipe = View.open(atlas, config.view), read_recipe(Path(str(config.search)))
-    goal, rungs = _checked(atlas, view, config, recipe)
-    tracker = _open(str(atlas), view, config, recipe, goal)
+    goal, rungs, schema = _checked(atlas, view, config, recipe)
+    tracker = _open(str(atlas), view, schema, config, recipe, goal)
     busy = f"Another search runs in {config.out}."
     with tracker.closing(), _nothing_left(config.out), locked(config.out / ".lock", busy=busy):
         known = read_trials(config.out)
@@ -132,25 +134,25 @@ def _same(one: Recipe, other: Recipe) -> bool:
     return options[0] == options[1]
 
 
-def _checked(atlas: Place, view: View, config: TuneConfig, recipe: Recipe) -> tuple[Goal, dict[str, int]]:
-    """What trials are compared by, and ASHA's rungs; whatever cannot work is refused."""
+def _checked(atlas: Place, view: View, config: TuneConfig, recipe: Recipe) -> tuple[Goal, dict[str, int], Schema]:
+    """What trials are compared by, ASHA's rungs, and the data's schema; whatever cannot work is refused."""
     kind = model_class(config.model)
     require_options(recipe, config, kind, view.n_rows)
     if config.objective == "scib" and importlib.util.find_spec("scib_metrics") is None:
         raise ConfigError('The scib objective needs scib-metrics: pip install "scviaduct[scib]".')
-    checked(atlas, config.fixed(recipe.first()))
+    job, _ = checked(atlas, config.fixed(recipe.first()))
     plan = config.fit.plan(kind.plan, view.n_rows, refines=config.init_from is not None)
     searched = next((option.extremes for option in recipe.options if option.name == "max_epochs"), (plan.max_epochs,))
     most = int(max(searched))
     part = "validation" if config.fit.validation_size else "train"
     goal = Goal(f"{plan.early_stopping_monitor}_{part}", scib=config.objective == "scib")
     grace = config.grace_epochs or max(1, most // 10)
-    return goal, {"grace": grace, "factor": config.reduction_factor, "most": most}
+    return goal, {"grace": grace, "factor": config.reduction_factor, "most": most}, job.schema
 
 
-def _open(atlas: str, view: View, config: TuneConfig, recipe: Recipe, goal: Goal) -> Tracker:
+def _open(atlas: str, view: View, schema: Schema, config: TuneConfig, recipe: Recipe, goal: Goal) -> Tracker:
     """Make the search's folder and its MLflow run, or find them again."""
-    tracker = Tracker(config.tracking)
+    tracker = Tracker(config.tracking, config.out)
     record = {"atlas": atlas, "view_digest": view.digest, "goal": dataclasses.asdict(goal)}
     if config.resume:
         begun = read_json(config.out / "tune.json")
@@ -159,11 +161,11 @@ def _open(atlas: str, view: View, config: TuneConfig, recipe: Recipe, goal: Goal
                 f"The view {config.view!r} of {atlas} is not the one the search in {config.out} was started on."
             )
         tracker.resume(begun["mlflow_run"])
-        write_json_atomic(config.out / "tune.json", begun | {"config": config.to_dict()})
+        write_json_atomic(config.out / "tune.json", begun | {"atlas": atlas, "config": config.to_dict()})
         return tracker
-    tags = {"atlas": atlas, "view": view.name, "view_digest": view.digest, "objective": config.objective}
+    tags = tags_of_training(view, schema) | {"objective": config.objective}
     tracker.start(f"tune {config.out.name}", flat(config.to_dict()) | {"n_cells": view.n_rows}, tags)
-    tracker.dataset(absolute(atlas).name, atlas, view.digest, {"cells": view.n_rows, "genes": len(view.genes)})
+    tracker.datasets(data_of(view))
     (config.out / "trials").mkdir(parents=True)
     shutil.copyfile(recipe.path, config.out / "search.toml")
     config = dataclasses.replace(config, search=config.out / "search.toml")
@@ -239,20 +241,24 @@ def _finish(config: TuneConfig, desk: Desk) -> Search:
     write_atomic(out / "best.toml", (told + as_toml(config.fixed(best.params))).encode())
     desk.tracker.artifacts(out / "best.toml", "")
     bundle = Bundle.open(folder_of(out, best.number))
-    _register(config, best, bundle)
+    _register(config, desk, best, bundle)
     return Search(out, best, desk.goal, table, bundle)
 
 
-def _register(config: TuneConfig, best: Trial, bundle: Bundle) -> None:
+def _register(config: TuneConfig, desk: Desk, best: Trial, bundle: Bundle) -> None:
     """A version of the best trial's model, unless it has one already."""
     settings = read_json(config.out / "tune.json")
     if settings.get("registered") == best.number:
         return
-    child = Tracker(config.tracking)
-    child.resume(best.mlflow_run)
+    child = desk.tracker.child(best.mlflow_key)
     child.artifacts(bundle.path, "bundle")
-    tags = {"view_digest": settings["view_digest"], "model": config.model, "trial": str(best.number)}
-    child.register(config.name or config.out.name, tags)
+    digests = {
+        "view_digest": settings["view_digest"],
+        "schema_digest": bundle.schema.digest,
+        "bundle_digest": bundle.digest,
+    }
+    tags = digests | {"model": config.model, "trial": str(best.number)}
+    child.register(config.name or config.out.name, tags, config.alias)
     child.end("FINISHED")
     write_json_atomic(config.out / "tune.json", settings | {"registered": best.number})
 

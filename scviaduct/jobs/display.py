@@ -9,6 +9,7 @@ from types import TracebackType
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Column
 
 # names of files are shown as they are: [x] is no markup and :car: no picture
 console = Console(stderr=True, highlight=False, markup=False, emoji=False)
@@ -18,18 +19,28 @@ _LINE_SECONDS = 10.0
 
 
 class Steps:
-    """Counts towards `total` with a remark; in a log file a line every ten seconds, and the last.
+    """Counts towards `total` with a remark and the time left; in a log file a line every ten seconds, and the last.
 
-    With a `unit`, say "cells", their number a second and the time left are told as well; what was done before the
-    first call of `at` (by a run that was killed) does not count.
+    With a `unit`, say "cells", their number a second is told as well; what was done before the first call of `at` (by a
+    run that was killed) does not count.
     """
 
     def __init__(self, title: str, total: int | None = None, unit: str = "") -> None:
         self._title, self._total, self._done, self._remark, self._unit = title, total, 0, "", unit
         self._printed, self._printed_at = time.monotonic(), 0
         self._began: tuple[float, int] | None = None
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        self._bar = Progress(*columns, TextColumn("{task.fields[remark]}"), console=console, transient=True)
+        # in a narrow terminal the remark's end gives way, not the numbers before it
+        whole = [Column(no_wrap=True, min_width=width) for width in (len(title), 8, 7, 7)]
+        self._bar = Progress(
+            TextColumn("{task.description}", table_column=whole[0]),
+            BarColumn(8, table_column=whole[1]),
+            MofNCompleteColumn(table_column=whole[2]),
+            TimeRemainingColumn(table_column=whole[3]),
+            TextColumn("{task.fields[remark]}", table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis")),
+            console=console,
+            transient=True,
+            expand=True,
+        )
         self._task = self._bar.add_task(title, total=total, remark="")
 
     def __enter__(self) -> Steps:
@@ -55,11 +66,13 @@ class Steps:
 
     def _speed(self, done: int) -> str:
         began, at = self._began or (0.0, 0)
-        if not self._unit or done <= at:
+        if done <= at:
             return ""
         rate = (done - at) / max(time.monotonic() - began, 1e-3)
         left = timedelta(seconds=round(((self._total or done) - done) / rate))
-        return f"{rate:,.0f} {self._unit}/s" + (f" · {left} left" if left and not console.is_terminal else "")
+        told = [f"{rate:,.0f} {self._unit}/s"] if self._unit else []
+        # in a terminal the bar has a column for it
+        return " · ".join(told + ([f"{left} left"] if left and not console.is_terminal else []))
 
     def _line(self) -> None:
         self._printed, self._printed_at = time.monotonic(), self._done
@@ -70,6 +83,6 @@ def epoch_remark(record: Mapping[str, float]) -> str:
     """One epoch in a line."""
     held_out = f" validation {record['elbo_validation']:.2f}" if "elbo_validation" in record else ""
     return (
-        f"elbo {record['elbo_train']:.2f}{held_out} · {record['cells_per_second']:,.0f} cells/s · "
-        f"{record['data_wait']:.0%} waiting for data"
+        f"{record['cells_per_second']:,.0f} cells/s · {record['data_wait']:.0%} data wait · "
+        f"elbo {record['elbo_train']:.2f}{held_out}"
     )

@@ -12,23 +12,27 @@ from scviaduct.jobs.display import epoch_remark, output
 
 if TYPE_CHECKING:
     from scviaduct.distributed.runstatus import RunStatus
+    from scviaduct.distributed.searchstatus import SearchStatus
 
 
 def command(run: Path, /, *, as_json: bool = False) -> int:
-    """Say how far a training run is, from its folder alone.
+    """Say how far a training run or a search is, from its folder alone.
 
     Args:
-        run: Folder that train writes (its --out).
+        run: Folder that train or tune writes (its --out).
         as_json: One JSON object instead of sentences.
     """
     from scviaduct.distributed.runstatus import run_status
+    from scviaduct.distributed.searchstatus import search_status
 
-    found = run_status(run)
-    if as_json:
-        output.print(json.dumps(asdict(found) | {"run": str(found.run)}))
+    found: RunStatus | SearchStatus
+    if (run / "tune.json").is_file():
+        found = search_status(run)
+        lines = _search_lines(found)
     else:
-        for line in _lines(found):
-            output.print(line)
+        found = run_status(run)
+        lines = _lines(found)
+    output.print(json.dumps(asdict(found), default=str) if as_json else "\n".join(lines))
     return 0
 
 
@@ -49,6 +53,19 @@ def _lines(s: RunStatus) -> list[str]:
         lines.append(f"  {s.reason}")
     if s.unsent:
         lines.append(f"  {s.unsent} records wait for MLflow: scviaduct sync {s.run}")
+    return lines
+
+
+def _search_lines(s: SearchStatus) -> list[str]:
+    counts = ", ".join(f"{n} {state}" for state, n in s.counts.items()) or "none begun"
+    lines = [f"{s.out}: search for {s.model}, {s.state}; {counts} of {s.n_trials} trials"]
+    if s.best:
+        options = " ".join(f"{name}={value}" for name, value in s.best.params.items())
+        lines.append(f"  best so far: trial {s.best.number}, {s.objective} {s.best.value:.6g}: {options}")
+    for number, (epoch, most) in s.running.items():
+        lines.append(f"  trial {number}: epoch {epoch}" + (f" of at most {most}" if most else ""))
+    if s.state == "stopped":
+        lines.append(f"  nothing is written any more: tune --resume --out {s.out} goes on from there")
     return lines
 
 

@@ -24,10 +24,18 @@ def command(
         atlas: An atlas with a view made by prepare.
         config_file: TOML file with options in a table [train]; those given here come first.
     """
+    from scviaduct.distributed.runstatus import run_status
     from scviaduct.distributed.train import train
 
-    with Steps("epoch", config.fit.max_epochs) as steps:
-        bundle = train(atlas, config, on_epoch=lambda r: steps.at(int(r["epoch"]) + 1, epoch_remark(r)))
+    most = config.fit.max_epochs
+
+    def told(record: dict[str, float]) -> None:
+        nonlocal most
+        most = most or run_status(config.out).max_epochs  # left open by the options, the run decides it
+        steps.at(int(record["epoch"]) + 1, epoch_remark(record), most)
+
+    with Steps("epoch", most) as steps:
+        bundle = train(atlas, config, on_epoch=told)
     facts = bundle.facts["training"]
     output.print(f"{config.out / 'bundle'}: {bundle.name} of {facts['cells']:,} cells after {facts['epochs']} epochs.")
     output.print(f"Next: scviaduct map {config.out} QUERY.h5ad --out mapped", style="dim")

@@ -31,8 +31,8 @@ def command(
     from scviaduct.distributed.trials import folder_of
     from scviaduct.distributed.tune import tune
 
-    def told(trials: list[Trial], best: Trial | None) -> None:
-        steps.at(sum(t.state != "running" for t in trials), trials_remark(trials, best))
+    def told(trials: list[Trial], best: Trial | None, n_trials: int) -> None:
+        steps.at(sum(t.state != "running" for t in trials), trials_remark(trials, best), n_trials)
 
     with Steps("trial", config.n_trials) as steps:
         found = tune(atlas, config, on_progress=told)

@@ -297,7 +297,7 @@ def found(atlas, ray_cluster, tmp_path_factory):
         tracking=TrackingConfig(tracking_uri=f"sqlite:///{folder / 'mlflow.db'}", experiment="tuned"),
     )
     told = []
-    made = tune(atlas, config, on_progress=lambda trials, best: told.append(([t.state for t in trials], best)))
+    made = tune(atlas, config, on_progress=lambda trials, best, n: told.append(([t.state for t in trials], best)))
     return made, config, told
 
 
