@@ -14,6 +14,7 @@ from mlflow import MlflowClient
 from scviaduct.distributed.bundle import Bundle
 from scviaduct.distributed.config import FitConfig, TrackingConfig, TrainConfig
 from scviaduct.distributed.recipe import NOT_SEARCHED, read_recipe, require_options
+from scviaduct.distributed.searchstatus import search_status
 from scviaduct.distributed.study import Study
 from scviaduct.distributed.trialrun import run_trial
 from scviaduct.distributed.trials import Trial, best_of, read_trials, table_of
@@ -241,7 +242,7 @@ def test_asha_knows_what_trials_before_it_reached(ray_cluster):
 def settled(out, atlas, config, params):
     """A search's folder as it is when its first trial begins."""
     (out / "trials").mkdir(parents=True)
-    settings = {"config": config.to_dict(), "atlas": str(atlas), "goal": {"curve": "elbo_validation"}}
+    settings = {"config": config.to_dict(), "atlas": str(atlas), "goal": {"curve": "elbo_validation", "scib": False}}
     (out / "tune.json").write_text(json.dumps(settings))
     Trial(0, params).save(out)
 
@@ -404,3 +405,23 @@ def test_a_killed_search_goes_on(atlas, search, ray_cluster, tmp_path):
     assert [n if isinstance(n, int) else len(n) for n in starts] == [1, 2, 1]
     history = [json.loads(line)["epoch"] for line in epochs.read_text().splitlines()]
     assert sorted(set(history)) == list(range(12)) and len(history) <= 13, "it went on from its checkpoint"
+
+
+def test_status_of_a_search(tmp_path, atlas, search, capsys):
+    out = tmp_path / "search"
+    settled(out, atlas, search("n_latent = [4, 5]", n_trials=3), {"n_latent": 4})
+    Trial(1, {"n_latent": 5}, "done", 12.5, epochs=3).save(out)
+    Trial(2, {"n_latent": 5}, "failed", message="x").save(out)
+    now = (out / "trials/000.json").stat().st_mtime
+    found = search_status(out, now=now + 5)
+    assert (found.state, found.best.number, found.running) == ("running", 1, {0: (0, None)})
+    assert found.counts == {"running": 1, "done": 1, "failed": 1}
+    assert search_status(out, now=now + 1000).state == "stopped"
+    Trial(0, {"n_latent": 4}, "stopped", 99.0, epochs=1).save(out)
+    assert search_status(out, now=now + 1000).state == "finished"
+    assert app(["status", str(out)], result_action="return_value") == 0
+    told = capsys.readouterr().out
+    assert "search for scvi, finished; 1 stopped, 1 done, 1 failed of 3 trials" in told
+    assert "best so far: trial 1, elbo_validation 12.5: n_latent=5" in told
+    app(["status", str(out), "--as-json"], result_action="return_value")
+    assert json.loads(capsys.readouterr().out)["best"]["value"] == 12.5
