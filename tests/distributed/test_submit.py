@@ -61,6 +61,7 @@ def test_wrong_requests_are_refused_before_anything_is_sent(arguments, message, 
 def test_a_verb_that_spreads_is_told_its_cluster():
     assert spread(MAP) == (*MAP, "--address", "auto")
     assert spread([*MAP, "--address=x"]) == (*MAP, "--address=x")
+    assert spread(["tune", "/a"]) == ("tune", "/a", "--address", "auto")
     assert spread(["inspect", "/a"]) == ("inspect", "/a")
 
 
