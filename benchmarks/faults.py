@@ -230,7 +230,11 @@ def node_lost(lab: Lab) -> Iterator[dict[str, Any]]:
     node = [cluster.add_node(num_cpus=1, **MEMORY)]
     cluster.wait_for_nodes()
     ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
-    run = Run(lab.config("node-lost", workers="1..2"))
+    # Ray takes seconds to count new room: steps are slowed down, and there are enough of them
+    steps = lab.times * (2 * lab.between[1] + 600)
+    config = lab.config("node-lost", workers="1..2")
+    run = Run(replace(config, fit=replace(config.fit, max_epochs=steps // STEPS + 2)))
+    training.work = slow_work
 
     def strike() -> None:
         attempt, begin = run.attempt(), time.monotonic()
@@ -247,6 +251,7 @@ def node_lost(lab: Lab) -> Iterator[dict[str, Any]]:
         with strikes(lab, run, strike) as injected:
             training.train(lab.atlas, run.config)
     finally:
+        training.work = _work
         ray.shutdown()
         cluster.shutdown()
     yield from report(lab, run, len(injected))
@@ -324,6 +329,21 @@ def disturbed_work(job: Any) -> None:
                 raise OSError(5, "Input/output error", "/mnt/atlas")
 
     CellLog.write = strike  # type: ignore[method-assign]
+    try:
+        _work(job)
+    finally:
+        CellLog.write = write  # type: ignore[method-assign]
+
+
+def slow_work(job: Any) -> None:
+    """`work` of a worker in which a step takes 30 ms more."""
+    write = CellLog.write
+
+    def slow(self: CellLog, epoch: int, step: int, rows: np.ndarray) -> None:
+        write(self, epoch, step, rows)
+        time.sleep(0.03)
+
+    CellLog.write = slow  # type: ignore[method-assign]
     try:
         _work(job)
     finally:
