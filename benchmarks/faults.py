@@ -229,6 +229,7 @@ def node_lost(lab: Lab) -> Iterator[dict[str, Any]]:
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False, **MEMORY})
     node = [cluster.add_node(num_cpus=1, **MEMORY)]
     cluster.wait_for_nodes()
+    cluster._shutdown_at_exit = False  # handlers of signals, which a thread that adds a node may not set
     ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
     # Ray takes seconds to count new room: steps are slowed down, and there are enough of them
     steps = lab.times * (2 * lab.between[1] + 600)
