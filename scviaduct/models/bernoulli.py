@@ -34,7 +34,7 @@ from scviaduct.models.likelihood_kernels import Nonzeros
 from scviaduct.models.likelihoods import Reconstruction, over_cells
 from scviaduct.models.memory import empty
 from scviaduct.models.nets import linear
-from scviaduct.models.products import times_transposed
+from scviaduct.models.products import back, times_transposed
 from scviaduct.models.vectormath import RELAXED, exp, log
 
 Row = NDArray[np.float32]
@@ -187,10 +187,13 @@ def _blocks(layer: _Layer, fill: Callable[[int, Tensor], int]) -> int:
         rows = layer.weight[start : start + _BLOCK]
         slopes = times_transposed(layer.h, rows)
         found += fill(start, slopes)
-        if layer.by_weight is not None:
-            layer.by_weight[start : start + _BLOCK] = times_transposed(slopes.T, units)
-        if layer.by_h is not None:
-            layer.by_h.add_(times_transposed(slopes, rows.T))
+        back(
+            slopes,
+            units,
+            rows,
+            layer.by_h,
+            None if layer.by_weight is None else layer.by_weight[start : start + _BLOCK],
+        )
     return found
 
 

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from scviaduct.models import products
 from scviaduct.models.counts import Cells
 from scviaduct.models.noise import Noise
 
@@ -138,7 +139,15 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
     Under torch.autocast it is computed in bfloat16; what follows (norms, exponentials, likelihoods) is not.
     """
+    if len(weight) >= products.WIDE and _float32_on_cpu(x, weight):
+        return products.wide_linear(x, weight, bias)
     return F.linear(x, weight, bias).to(weight.dtype)
+
+
+def _float32_on_cpu(*tensors: Tensor) -> bool:
+    return not torch.is_autocast_enabled("cpu") and all(
+        t.dim() == 2 and t.dtype == torch.float32 and t.device.type == "cpu" for t in tensors
+    )
 
 
 class Linear(nn.Linear):

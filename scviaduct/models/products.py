@@ -7,8 +7,18 @@ outputs, oneDNN 35, 38 and 34), and its last bits depend on the number of thread
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from scviaduct.models.memory import empty
+
+WIDE = 1 << 14
+"""Outputs from which on a layer is worth `wide_linear`."""
+
+_BLOCK = 4096  # outputs whose gradient is turned around at a time, in the cache
 
 # The operator that torch.compile emits for a Linear; there is no other name for it.
 _ONEDNN = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
@@ -17,5 +27,39 @@ _ONEDNN = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends
 def times_transposed(x: Tensor, w: Tensor) -> Tensor:
     """X w^T of float32 matrices on a CPU; not differentiable."""
     if _ONEDNN is None or x.numel() == 0 or w.numel() == 0:
-        return torch.mm(x, w.T)
+        return torch.mm(x, w.T).to(x.dtype)  # torch.autocast would make it bfloat16
     return _ONEDNN(x, w, None, "none", [], "")
+
+
+def back(slopes: Tensor, x_t: Tensor, rows: Tensor, by_x: Tensor | None, by_rows: Tensor | None) -> None:
+    """The way back through `x rows^T`, given its gradient: add to that of x, fill that of the rows; None: not wanted."""
+    if by_rows is not None:
+        by_rows.copy_(times_transposed(slopes.T, x_t))
+    if by_x is not None:
+        by_x.add_(times_transposed(slopes, rows.T))
+
+
+class _WideLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        y = times_transposed(x, weight)
+        return y if bias is None else y.add_(bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (x, weight), (wants_x, wants_weight, wants_bias) = ctx.saved_tensors, ctx.needs_input_grad
+        by_x = torch.zeros_like(x) if wants_x else None
+        by_weight = empty(*weight.shape) if wants_weight else None
+        x_t = x.T.contiguous()
+        for start in range(0, len(weight), _BLOCK):
+            at = slice(start, start + _BLOCK)
+            back(grad[:, at], x_t, weight[at], by_x, None if by_weight is None else by_weight[at])
+        return by_x, by_weight, grad.sum(0) if wants_bias else None
+
+
+def wide_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`x weight^T + bias` of float32 matrices on a CPU, differentiable."""
+    y: Tensor = _WideLinear.apply(x, weight, bias)
+    return y

@@ -8,7 +8,6 @@ import torch
 from scviaduct.models import memory
 from scviaduct.models.bernoulli import Factors, bernoulli
 from scviaduct.models.memory import empty
-from scviaduct.models.products import times_transposed
 from tests.models.test_likelihoods import counts_of
 
 LARGE = memory._LARGE
@@ -73,15 +72,3 @@ def test_the_optimizer_s_gradient_is_memory_of_the_step_before():
         bernoulli(counts, h, weight, bias, Factors(None, None)).mean.backward()
         places.add(weight.grad.data_ptr())
     assert len(places) == 1
-
-
-@pytest.mark.parametrize("onednn", [True, False])
-@pytest.mark.parametrize("shape", [(128, 223, 1000), (1, 7, 5), (0, 7, 5), (3, 1, 1)])
-def test_products_are_those_of_float64(monkeypatch, shape, onednn):
-    if not onednn:
-        monkeypatch.setattr("scviaduct.models.products._ONEDNN", None)
-    n, k, m = shape
-    x, w = torch.randn(n, k), torch.randn(m, k)
-    for a, b in ((x, w), (x.T.contiguous().T, w.T.contiguous().T)):
-        wide = (a.double() @ b.double().T).float()
-        torch.testing.assert_close(times_transposed(a, b), wide, rtol=1e-5, atol=1e-5 * k**0.5)
