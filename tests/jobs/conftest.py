@@ -40,6 +40,7 @@ def write_inputs(folder):
     (folder / "empty.h5ad").touch()
     (folder / "text.h5ad").write_text("gene,cell\n1,2\n")
     (folder / "folder").mkdir()
+    (folder / "bad.toml").write_text("[search]\nn_latnt = [5, 10]\n")
 
 
 @pytest.fixture(scope="session")

@@ -131,6 +131,15 @@ REFUSED = [
     ("train atlas.zarr --max-epochs 0 --out new", ["max_epochs", "above 0"]),
     ("train atlas.zarr --max-epochs many --out new", ["--max-epochs", "many"]),
     ("train atlas.zarr --resume --out new", ["no run to resume", "--resume"]),
+    ("train atlas.zarr --config gone.toml --out new", ["gone.toml does not exist"]),
+    ("train atlas.zarr --config bad.toml --out new", ["bad.toml has no table [train]"]),
+    ("tune atlas.zarr --out new", ["--search recipe.toml"]),
+    ("tune atlas.zarr --search gone.toml --out new", ["gone.toml: No such file", "--search wants a recipe"]),
+    (
+        "tune atlas.zarr --search bad.toml --batch-key study --out new",
+        ["bad.toml, line 2: n_latnt", "did you mean 'n_latent'"],
+    ),
+    ("tune atlas.zarr --resume --out new", ["no search to resume"]),
     ("map nowhere Q1.h5ad --out new", ["nowhere does not exist", "scviaduct train"]),
     ("map models:/nobody@current Q1.h5ad --out new", ["models:/nobody@current", "--tracking-uri"]),
     (
@@ -203,7 +212,7 @@ def test_one_option_of_train_leaves_the_others_at_their_defaults():
 
 
 @pytest.mark.parametrize(
-    "verb", ["", "convert", "prepare", "train", "map", "inspect", "verify", "repair", "export", "demo"]
+    "verb", ["", "convert", "prepare", "train", "tune", "map", "inspect", "verify", "repair", "export", "demo"]
 )
 def test_help(tmp_path, command, verb, monkeypatch):
     monkeypatch.setenv("COLUMNS", "100")
