@@ -7,6 +7,9 @@ reference/             latent.npy (cells x n_latent, float32), labels.npy (codes
 
 from __future__ import annotations
 
+import hashlib
+import json
+import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,14 +18,16 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
+from upath import UPath
 
 import scviaduct
-from scviaduct.distributed.files import whole_folder
+from scviaduct.distributed.files import download, whole_folder
 from scviaduct.errors import IncompleteError, UnreadableFileError
 from scviaduct.models import model_class
 from scviaduct.models.base import Model
 from scviaduct.schema import Schema
 from scviaduct.storage.manifest import file_digest, read_json, write_json_atomic
+from scviaduct.storage.places import Place, exists, place
 
 FORMAT = 1
 _WEIGHTS, _FACTS = "model.safetensors", "model.json"
@@ -38,17 +43,18 @@ class Bundle:
     """The content of model.json."""
 
     @classmethod
-    def open(cls, path: str | Path) -> Bundle:
-        """Open a bundle, or the run that made it.
+    def open(cls, path: str | Place) -> Bundle:
+        """Open a bundle, or the run that made it; one in an object store is copied to the user's cache.
 
         Raises:
             UnreadableFileError: the path is no model.
             IncompleteError: a run that has not finished, a file that is missing, or one that was changed afterwards.
         """
-        root = Path(path)
-        folder = next((f for f in (root, root / "bundle") if (f / _FACTS).is_file()), None)
-        if folder is None:
+        root = place(path)
+        found = next((f for f in (root, root / "bundle") if exists(f / _FACTS)), None)
+        if found is None:
             raise _no_model(root)
+        folder = found if isinstance(found, Path) else _fetched(found)
         facts = read_json(folder / _FACTS)
         if not isinstance(facts, dict) or facts.get("format") != FORMAT:
             raise UnreadableFileError(f"{folder / _FACTS} is not a scviaduct model of format {FORMAT}.")
@@ -57,9 +63,9 @@ class Bundle:
         return bundle
 
     @classmethod
-    def save(cls, path: Path, model: Model, facts: dict[str, Any], reference: dict[str, NDArray[Any]]) -> Bundle:
+    def save(cls, path: Place, model: Model, facts: dict[str, Any], reference: dict[str, NDArray[Any]]) -> Bundle:
         """Write a model and its reference cells ("latent", and "labels" when there are any), whole or not at all."""
-        with whole_folder(path) as folder:
+        with whole_folder(path, marker=_FACTS) as folder:
             tensors = {name: t.detach().cpu().contiguous().clone() for name, t in model.state_dict().items()}
             save_file(tensors, folder / _WEIGHTS)
             if reference:
@@ -127,7 +133,28 @@ def build(facts: dict[str, Any], weights: dict[str, torch.Tensor]) -> Model:
     return model.eval()
 
 
-def _no_model(root: Path) -> Exception:
+def _fetched(address: UPath) -> Path:
+    """The local copy of a bundle in an object store, kept under the hash of its model.json."""
+    content = (address / _FACTS).read_bytes()
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    copy = home / "scviaduct" / "bundles" / hashlib.sha256(content).hexdigest()
+    if copy.exists():
+        return copy
+    names = list(json.loads(content)["files"])
+    outside = [name for name in names if name.startswith("/") or ".." in name.split("/")]
+    if outside:
+        raise UnreadableFileError(f"{address / _FACTS} names a file outside of its folder: {outside[0]!r}.")
+    try:
+        with whole_folder(copy) as folder:
+            download(address, folder, names)
+            (folder / _FACTS).write_bytes(content)
+            Bundle(folder, json.loads(content))._verify()
+    except FileNotFoundError as error:
+        raise IncompleteError(f"{address} lacks a file ({error}); copy the whole folder again.") from error
+    return copy
+
+
+def _no_model(root: Place) -> Exception:
     if not root.exists():
         return UnreadableFileError(
             f"{root} does not exist; a model is a run folder or a bundle made by `scviaduct train`."

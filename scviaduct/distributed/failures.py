@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from scviaduct import errors
+from scviaduct.distributed.files import write_json
 from scviaduct.distributed.watch import hanging
 from scviaduct.errors import IncompleteError, ScviaductError
-from scviaduct.storage.manifest import disk_is_full, read_json, write_json_atomic
+from scviaduct.storage.manifest import disk_is_full, read_json
+from scviaduct.storage.places import Place
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -47,7 +49,7 @@ def attempt(work: Callable[[Job], None], job: Job) -> None:
     try:
         work(job)
     except Exception as error:
-        told = _told(error, job.out)
+        told = _told(error, job.out, job.scratch)
         if not may_pass(told):
             _write_down(told, job.out)
         if told is error:
@@ -55,7 +57,7 @@ def attempt(work: Callable[[Job], None], job: Job) -> None:
         raise told from error
 
 
-def refusal(out: Path) -> ScviaductError | None:
+def refusal(out: Place) -> ScviaductError | None:
     """The error for which a run was given up, when there is one."""
     if not _file(out).exists():
         return None
@@ -63,16 +65,16 @@ def refusal(out: Path) -> ScviaductError | None:
     return getattr(errors, record["error"], ScviaductError)(record["message"])
 
 
-def clear(out: Path) -> None:
+def clear(out: Place) -> None:
     """A run begins again: what it was refused for may be mended."""
     _file(out).unlink(missing_ok=True)
 
 
-def _file(out: Path) -> Path:
+def _file(out: Place) -> Place:
     return out / "refused.json"
 
 
-def _told(error: Exception, out: Path) -> Exception:
+def _told(error: Exception, out: Place, scratch: Path) -> Exception:
     """The error itself, or one that says what it means."""
     if disk_is_full(error) and not isinstance(error, ScviaductError):
         return ScviaductError(
@@ -80,13 +82,13 @@ def _told(error: Exception, out: Path) -> Exception:
         )
     counted = out / "attempts.json"
     if may_pass(error) and counted.exists():
-        late = hanging(out / "stacks", len(read_json(counted)))
+        late = hanging(scratch / "stacks", len(read_json(counted)))
         if late:
             return WorkerHangsError("; ".join(late))
     return error
 
 
-def _write_down(error: Exception, out: Path) -> None:
+def _write_down(error: Exception, out: Place) -> None:
     """The reason for which it is not tried again; of an error that nobody foresaw the traceback, too."""
     message = str(error)
     if not isinstance(error, ScviaductError):
@@ -96,7 +98,7 @@ def _write_down(error: Exception, out: Path) -> None:
             f"{type(error).__name__}: {message}. It was not tried again, as it would come again; traceback: {file}"
         )
     try:
-        write_json_atomic(_file(out), {"error": type(error).__name__, "message": message})
+        write_json(_file(out), {"error": type(error).__name__, "message": message})
     except OSError as failed:
         if not disk_is_full(failed):
             raise

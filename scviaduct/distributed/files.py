@@ -49,9 +49,13 @@ def whole_folder(final: Place, *, marker: str = "") -> Iterator[Path]:
 def upload(folder: Path, to: UPath, marker: str) -> None:
     """Copy a folder's files to an object store, many at once, and its marker when all the others are there."""
     files = [file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()]
-    others = [name for name in files if name != marker]
-    to.fs.put([str(folder / name) for name in others], [f"{to.path}/{name}" for name in others])
-    to.fs.put_file(str(folder / marker), f"{to.path}/{marker}")
+    put(folder, to, [name for name in files if name != marker])
+    put(folder, to, [marker])
+
+
+def put(folder: Path, to: UPath, names: list[str]) -> None:
+    """Copy some files of a folder to an object store, many at once."""
+    to.fs.put([str(folder / name) for name in names], [f"{to.path}/{name}" for name in names])
 
 
 def download(place: UPath, to: Path, names: list[str]) -> None:

@@ -7,13 +7,16 @@ import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from scviaduct.storage.places import Place
+
 _POLL_SECONDS = 0.3
+_POLL_SECONDS_REMOTE = 2.0
 
 
 class Follower:
     """Calls every listener once with each new line of a JSON-lines file, until the block ends."""
 
-    def __init__(self, path: Path, listeners: Sequence[Callable[[dict[str, float]], None]]) -> None:
+    def __init__(self, path: Place, listeners: Sequence[Callable[[dict[str, float]], None]]) -> None:
         self._path, self._listeners = path, listeners
         self._offset = path.stat().st_size if path.exists() else 0
         self._ended = threading.Event()
@@ -29,7 +32,8 @@ class Follower:
         self._read()
 
     def _run(self) -> None:
-        while not self._ended.wait(_POLL_SECONDS):
+        pause = _POLL_SECONDS if isinstance(self._path, Path) else _POLL_SECONDS_REMOTE
+        while not self._ended.wait(pause):
             self._read()
 
     def _read(self) -> None:
@@ -47,7 +51,7 @@ class Follower:
                 listener(record)
 
 
-def read_history(run: Path) -> list[dict[str, float]]:
+def read_history(run: Place) -> list[dict[str, float]]:
     """A run's epochs in their order; an epoch repeated after a kill counts once, a line that a kill tore not."""
     path, by_epoch = run / "history.jsonl", dict[int, dict[str, float]]()
     for line in path.read_text().splitlines() if path.exists() else []:

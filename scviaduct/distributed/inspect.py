@@ -14,6 +14,7 @@ from scviaduct.storage.formats import ZARR_MARKERS
 from scviaduct.storage.genes import id_type
 from scviaduct.storage.h5ad import open_counts
 from scviaduct.storage.manifest import ATLAS_MARKER, VIEW_MARKER, read_json
+from scviaduct.storage.places import Place, exists, place
 from scviaduct.storage.plan import manifests
 from scviaduct.storage.request import REQUEST
 from scviaduct.storage.view import View
@@ -25,7 +26,7 @@ class Inspection:
 
     kind: str
     """"h5ad", "AnnData Zarr", "10x Genomics h5", "atlas", "run" or "bundle"."""
-    path: Path
+    path: Place
     facts: dict[str, Any]
 
     def lines(self) -> Iterator[str]:
@@ -37,7 +38,7 @@ class Inspection:
             yield f"  {name:<{width}}  {shown}"
 
 
-def inspect(path: str | Path, *, counts: str | None = None, sum_duplicates: bool = False) -> Inspection:
+def inspect(path: str | Place, *, counts: str | None = None, sum_duplicates: bool = False) -> Inspection:
     """Look at a file of counts (every count is checked), an atlas, a run or a bundle.
 
     `counts` and `sum_duplicates` are those of `convert`, for a file only; so is the answer.
@@ -46,13 +47,15 @@ def inspect(path: str | Path, *, counts: str | None = None, sum_duplicates: bool
         UnreadableFileError, NotCountsError, DataError: the file cannot be used, and why.
         IncompleteError: the atlas or the run is not whole.
     """
-    path = Path(path)
-    if not path.exists():
+    path = place(path)
+    if not exists(path):
         raise UnreadableFileError(
             f"{path} does not exist; name an h5ad or another file of counts, an atlas, a run or a bundle."
         )
-    if path.is_file():
+    if isinstance(path, Path) and path.is_file():
         return _counts(path, counts, sum_duplicates=sum_duplicates)
+    if not isinstance(path, Path):
+        return _bundle(path)
     if (path / ATLAS_MARKER).exists() or (path / "datasets").exists():
         return _atlas(path)
     if any((path / name).exists() for name in ZARR_MARKERS):
@@ -135,7 +138,7 @@ def _unfinished(path: Path) -> dict[str, str]:
     return facts
 
 
-def _bundle(path: Path) -> Inspection:
+def _bundle(path: Place) -> Inspection:
     bundle = Bundle.open(path)
     schema, training = bundle.schema, bundle.facts["training"]
     last = training["history"][-1] if training["history"] else {}
@@ -152,4 +155,4 @@ def _bundle(path: Path) -> Inspection:
     if imported := bundle.facts.get("imported"):
         without = "" if imported["reference"] else "; without the reference's cells, so labels cannot be transferred"
         facts |= {"imported": f"{imported['from']}{without}"}
-    return Inspection("bundle" if bundle.path == path else "run", path, facts)
+    return Inspection("bundle" if (path / "model.json").exists() else "run", path, facts)

@@ -109,7 +109,7 @@ def _trainer(work: Callable[[Job], None], job: Job, config: TrainConfig, gpus: f
         run_config=RunConfig(
             # a new name each time: Ray takes a finished run's name as "nothing left to do"
             name=f"{job.out.name}-{uuid.uuid4().hex[:8]}",
-            storage_path=str(job.out / "ray"),
+            storage_path=str(job.scratch / "ray"),
             failure_config=FailureConfig(max_failures=config.max_failures),
             callbacks=[GrowAtCheckpoints(Checkpoints(job.out / "checkpoints"))],  # type: ignore[list-item]
         ),

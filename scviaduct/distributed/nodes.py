@@ -7,12 +7,11 @@ the run's folder.
 from __future__ import annotations
 
 import uuid
-from pathlib import Path
 
 import torch
 
 from scviaduct.errors import ConfigError
-from scviaduct.storage.places import exists, place
+from scviaduct.storage.places import Place, exists, place
 
 
 def require_resources(workers: int, gpus_per_worker: float) -> None:
@@ -51,7 +50,7 @@ def require_gpu(gpus_per_worker: float | None) -> None:
         )
 
 
-def require_shared_files(reads: list[str], writes: Path | None, *, timeout: float = 60.0) -> None:
+def require_shared_files(reads: list[str], writes: Place | None, *, timeout: float = 60.0) -> None:
     """Have every node read what is to be read, and write to a folder that all are to write to.
 
     `reads` are files; `writes` is a folder that exists on this machine.
@@ -94,7 +93,9 @@ def _look(reads: list[str], writes: str | None, word: str) -> str:
             return f"does not see {path}"
     if writes:
         try:
-            Path(writes, f".{word}").touch()
+            (place(writes) / f".{word}").write_bytes(b"")
         except OSError as error:
-            return f"cannot write to {writes} ({error.strerror})"
+            return f"cannot write to {writes} ({error.strerror or error})"
+        except Exception as error:  # noqa: BLE001 - each object store's driver has errors of its own
+            return f"cannot write to {writes} ({type(error).__name__}: {error})"
     return ""

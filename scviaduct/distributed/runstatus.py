@@ -13,6 +13,7 @@ from scviaduct.distributed.follow import read_history
 from scviaduct.distributed.journal import unsent
 from scviaduct.errors import UnreadableFileError
 from scviaduct.storage.manifest import read_json
+from scviaduct.storage.places import Place, exists, place
 
 _SILENT = 3.0
 """A run that has written nothing for this many checkpoint intervals, and epochs, is taken to have stopped."""
@@ -24,7 +25,7 @@ State = Literal["finished", "running", "stopped", "refused"]
 class RunStatus:
     """Where a run stands."""
 
-    run: Path
+    run: Place
     state: State
     """"stopped": nothing was written for longer than checkpoints and epochs take; `train --resume` goes on."""
     model: str
@@ -59,13 +60,13 @@ def run_status(run: str | Path, *, now: float | None = None) -> RunStatus:
     Raises:
         UnreadableFileError: there is no run.
     """
-    folder = Path(run)
-    if not (folder / "run.json").is_file():
+    folder = place(run)
+    if not exists(folder / "run.json"):
         raise UnreadableFileError(f"{folder} is not the folder of a training run: it has no run.json.")
     now = time.time() if now is None else now
     config = read_json(folder / "run.json")["config"]
     history = read_history(folder)
-    newest = max((folder / "checkpoints").glob("step-*/state.json"), default=None)
+    newest = _newest(folder)
     at = read_json(newest) if newest else {"epoch": 0, "step": 0, "finished": False}
     last = history[-1] if history else {}
     silent = now - _last_written(folder)
@@ -86,17 +87,23 @@ def run_status(run: str | Path, *, now: float | None = None) -> RunStatus:
         seconds_left=_left(history, config["fit"]["max_epochs"]),
         record=last,
         reason=str(refused) if refused else "",
-        unsent=unsent(folder),
+        unsent=unsent(folder) if isinstance(folder, Path) else 0,
     )
 
 
-def _last_written(folder: Path) -> float:
-    watched = [folder / "run.json", folder / "history.jsonl", folder / "attempts.json", folder / "reference.partial"]
-    watched += [*(folder / "checkpoints").glob("step-*"), *(folder / "cells").glob("*")]
+def _newest(folder: Place) -> Place | None:
+    """state.json of the newest checkpoint."""
+    return max((folder / "checkpoints").glob("step-*/state.json"), key=lambda state: state.parent.name, default=None)
+
+
+def _last_written(folder: Place) -> float:
+    watched = [folder / name for name in ("run.json", "history.jsonl", "attempts.json")]
+    watched += [*(folder / "reference.partial").glob("*"), *(folder / "cells").glob("*")]
+    watched += [*(folder / "checkpoints").glob("step-*/state.json")]
     return max(path.stat().st_mtime for path in watched if path.exists())
 
 
-def _state(folder: Path, config: dict[str, Any], last: dict[str, float], silent: float) -> State:
+def _state(folder: Place, config: dict[str, Any], last: dict[str, float], silent: float) -> State:
     if (folder / "bundle" / "model.json").exists():
         return "finished"
     if (folder / "refused.json").exists():

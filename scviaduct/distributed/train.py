@@ -12,8 +12,9 @@ out/run.json        configuration, identity of the data, MLflow run; decides wha
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
-import shutil
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,7 +23,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-import numpy as np
 import torch
 
 from scviaduct.distributed.bundle import Bundle
@@ -32,10 +32,12 @@ from scviaduct.distributed.checkpoint import Checkpoints
 from scviaduct.distributed.config import FitConfig, TrainConfig
 from scviaduct.distributed.curves import draw_losses
 from scviaduct.distributed.datafacts import tell_data
+from scviaduct.distributed.embedding import PARTIAL, joined, write_part
+from scviaduct.distributed.files import remove_folder, write_json
 from scviaduct.distributed.follow import Follower, read_history
 from scviaduct.distributed.launch import run_on_workers
 from scviaduct.distributed.lineage import data_of, tags_of_training
-from scviaduct.distributed.loop import Hooks, embed, fit, samplers
+from scviaduct.distributed.loop import Hooks, fit, samplers
 from scviaduct.distributed.options import model_config
 from scviaduct.distributed.saver import Saver
 from scviaduct.distributed.start import options_of, start_from
@@ -44,11 +46,9 @@ from scviaduct.distributed.watch import Watch
 from scviaduct.distributed.workers import Workers, device, use_precision
 from scviaduct.errors import ConfigError
 from scviaduct.models import model_class
-from scviaduct.models.base import Model
 from scviaduct.schema import Schema
-from scviaduct.storage.loader import BlockSource, stream
-from scviaduct.storage.manifest import read_json, refuse_existing, write_json_atomic
-from scviaduct.storage.places import Place, absolute, local
+from scviaduct.storage.manifest import read_json, refuse_existing
+from scviaduct.storage.places import Place, absolute, is_remote, place
 from scviaduct.storage.view import View
 
 OnEpoch = Callable[[dict[str, float]], None]
@@ -71,9 +71,17 @@ class Job:
     model_options: dict[str, Any]
 
     @property
-    def out(self) -> Path:
-        """The run's folder."""
-        return self.config.out
+    def out(self) -> Place:
+        """The run's folder, or its address."""
+        return place(self.config.out)
+
+    @property
+    def scratch(self) -> Path:
+        """Where files lie that need a disk: the run's folder, or one of this machine that all processes find."""
+        out = self.out
+        if isinstance(out, Path):
+            return out
+        return Path(tempfile.gettempdir(), f"scviaduct-{hashlib.sha256(str(out).encode()).hexdigest()[:16]}")
 
 
 def train(atlas: str | Place, config: TrainConfig, *, on_epoch: OnEpoch = lambda record: None) -> Bundle:
@@ -89,10 +97,10 @@ def train(atlas: str | Place, config: TrainConfig, *, on_epoch: OnEpoch = lambda
     """
     atlas, config = absolute(atlas), _absolute(config)
     if not config.resume:
-        refuse_existing(config.out)
+        refuse_existing(place(config.out))
     else:
         config = _as_started(config)
-        if (config.out / "bundle").exists():
+        if (place(config.out) / "bundle" / "model.json").exists():
             return Bundle.open(config.out)
     job, view = checked(atlas, config)
     config = job.config
@@ -101,7 +109,7 @@ def train(atlas: str | Place, config: TrainConfig, *, on_epoch: OnEpoch = lambda
     with (
         tracker.closing(),
         _nothing_left(job),
-        Follower(config.out / "history.jsonl", [*([] if alone else [on_epoch]), *_listeners(tracker)]),
+        Follower(job.out / "history.jsonl", [*([] if alone else [on_epoch]), *_listeners(tracker)]),
     ):
         run_on_workers(partial(work, on_epoch=on_epoch) if alone else work, job, config)
         bundle = _bundle(job, view, tracker)
@@ -131,14 +139,16 @@ def _nothing_left(job: Job) -> Iterator[None]:
         yield
     except ConfigError:
         if not (job.out / "attempts.json").exists():
-            shutil.rmtree(job.out)
+            remove_folder(job.out)
         raise
 
 
 def _absolute(config: TrainConfig) -> TrainConfig:
     """Paths that mean the same in the workers, whose working directory is another."""
-    start = config.init_from and Path(config.init_from).absolute()
-    return dataclasses.replace(config, out=local(config.out, "The run's folder").absolute(), init_from=start)
+    start = config.init_from and Path(str(absolute(config.init_from)))
+    if config.log_cells and is_remote(config.out):
+        raise ConfigError(f"--log-cells writes at each step, which {place(config.out)} cannot take: use a local --out.")
+    return dataclasses.replace(config, out=Path(str(absolute(config.out))), init_from=start)
 
 
 def work(job: Job, on_epoch: OnEpoch = lambda record: None) -> None:
@@ -156,16 +166,16 @@ def work(job: Job, on_epoch: OnEpoch = lambda record: None) -> None:
     tell_data(model, source)
     attempt = _next_attempt(job.out, workers)
     store, every = Checkpoints(job.out / "checkpoints"), Every.parse(config.checkpoint_every)
-    watch = Watch(job.out / "stacks", config.hang_seconds, attempt, workers)
+    watch = Watch(job.scratch / "stacks", config.hang_seconds, attempt, workers)
     model.register_forward_pre_hook(watch.beat)
     with watch, Saver(store, every, config.keep_checkpoints) as saver:
         hooks = Hooks(
             saver=saver,
-            cells=CellLog(job.out / "cells", workers.rank, attempt) if config.log_cells else None,
+            cells=CellLog(job.scratch / "cells", workers.rank, attempt) if config.log_cells else None,
             on_epoch=partial(_tell, job.out / "history.jsonl", on_epoch),
         )
         fit(model, source, config.fit, workers, hooks)
-    _embed_reference(model, source, job, workers)
+    write_part(model, source, job.out / PARTIAL, job.scratch / PARTIAL, workers)
 
 
 def _schema(view: View, config: TrainConfig) -> Schema:
@@ -182,14 +192,15 @@ def _schema(view: View, config: TrainConfig) -> Schema:
 
 def _as_started(config: TrainConfig) -> TrainConfig:
     """The configuration of the run in `out`, refusing options that contradict it."""
-    file = config.out / "run.json"
-    if not file.is_file():
-        raise ConfigError(f"There is no run to resume in {config.out}; leave --resume out to start one.")
+    out = place(config.out)
+    file = out / "run.json"
+    if not file.exists():
+        raise ConfigError(f"There is no run to resume in {out}; leave --resume out to start one.")
     started = TrainConfig.from_dict(read_json(file)["config"])
     clash = clashes(config, started, TrainConfig(out=config.out), FREE_ON_RESUME | {"fit"})
     clash += clashes(config.fit, started.fit, FitConfig(), set())
     if clash:
-        raise ConfigError(f"The run in {config.out} was started with other options: {'; '.join(clash)}.")
+        raise ConfigError(f"The run in {out} was started with other options: {'; '.join(clash)}.")
     return dataclasses.replace(started, **{name: getattr(config, name) for name in FREE_ON_RESUME})
 
 
@@ -202,7 +213,8 @@ def clashes(now: Options, started: Options, default: Options, free: set[str]) ->
 
 def _open_run(job: Job, view: View) -> Tracker:
     """Make the run's folder and its MLflow run, or find them again."""
-    config, tracker = job.config, Tracker(job.config.tracking, job.out)
+    config, here = job.config, isinstance(job.out, Path)
+    tracker = Tracker(config.tracking, job.scratch if here else None)
     if config.resume:
         record = read_json(job.out / "run.json")
         if record["view_digest"] != view.digest:
@@ -212,12 +224,14 @@ def _open_run(job: Job, view: View) -> Tracker:
         tracker.resume(record["mlflow_run"])
         tracker.history((int(r["epoch"]), r) for r in read_history(job.out))
         return tracker
-    job.out.mkdir(parents=True)
+    if here:
+        job.scratch.mkdir(parents=True)
     tags = tags_of_training(view, job.schema)
     tracker.start(f"train {job.out.name}", flat(config.to_dict()) | {"n_cells": view.n_rows}, tags)
     tracker.datasets(data_of(view))
-    facts = {"config": config.to_dict(), "atlas": job.atlas, "view_digest": view.digest, "mlflow_run": tracker.run_id}
-    write_json_atomic(job.out / "run.json", facts)
+    options = config.to_dict() | {"out": str(job.out)}
+    facts = {"config": options, "atlas": job.atlas, "view_digest": view.digest, "mlflow_run": tracker.run_id}
+    write_json(job.out / "run.json", facts)
     return tracker
 
 
@@ -225,52 +239,34 @@ def _listeners(tracker: Tracker) -> list[OnEpoch]:
     return [lambda record: tracker.metrics(int(record["epoch"]), record)]
 
 
-def _tell(history: Path, on_epoch: OnEpoch, record: dict[str, float]) -> None:
-    with history.open("a") as stream:
-        stream.write(json.dumps(record) + "\n")
+def _tell(history: Place, on_epoch: OnEpoch, record: dict[str, float]) -> None:
+    line = json.dumps(record) + "\n"
+    if isinstance(history, Path):
+        with history.open("a") as stream:
+            stream.write(line)
+    else:  # an object is only written as a whole
+        history.write_text((history.read_text() if history.exists() else "") + line)
     on_epoch(record)
 
 
-def _next_attempt(out: Path, workers: Workers) -> int:
+def _next_attempt(out: Place, workers: Workers) -> int:
     """How often this run has been started, this time included, by the record of it; the same on every rank."""
     count = torch.zeros(1)
     if workers.rank == 0:
         file = out / "attempts.json"
         starts = [*(read_json(file) if file.exists() else []), {"workers": workers.world_size, "at": time.time()}]
-        write_json_atomic(file, starts)
+        write_json(file, starts)
         count += len(starts)
     return int(workers.total(count))
 
 
-def _embed_reference(model: Model, source: BlockSource, job: Job, workers: Workers) -> None:
-    """Write latents and labels of all reference cells, each rank its run of blocks."""
-    folder, n_latent = job.out / "reference.partial", model.config.n_latent
-    shapes: dict[str, tuple[tuple[int, ...], Any]] = {"latent": ((source.n_rows, n_latent), np.float32)}
-    if job.schema.labels:
-        shapes["labels"] = ((source.n_rows,), np.int32)
-    if workers.rank == 0:
-        folder.mkdir(exist_ok=True)
-        for name, (shape, dtype) in shapes.items():
-            np.lib.format.open_memmap(folder / f"{name}.npy", "w+", dtype, shape).flush()
-    workers.barrier()
-    arrays = {name: np.lib.format.open_memmap(folder / f"{name}.npy", "r+") for name in shapes}
-    with stream(source, rank=workers.rank, world_size=workers.world_size) as blocks:
-        for batch, latent in embed(model, iter(blocks)):
-            arrays["latent"][batch.rows] = latent.cpu().numpy()
-            if job.schema.labels:
-                arrays["labels"][batch.rows] = batch.labels
-    for array in arrays.values():
-        array.flush()
-    workers.barrier()
-
-
 def _bundle(job: Job, view: View, tracker: Tracker) -> Bundle:
     """The finished run's bundle, recorded in MLflow."""
-    config, partial = job.config, job.out / "reference.partial"
+    config = job.config
     kind = model_class(config.model)
     model = kind(job.schema, kind.Config(**job.model_options))
     progress = Checkpoints(job.out / "checkpoints").finished(model)
-    reference = {f.stem: np.load(f, mmap_mode="r") for f in partial.glob("*.npy")}
+    reference = joined(job.out / PARTIAL, job.scratch / PARTIAL, model.config.n_latent)
     facts = {
         "model": config.model,
         "name": config.name or job.out.name,
@@ -285,9 +281,10 @@ def _bundle(job: Job, view: View, tracker: Tracker) -> Bundle:
         },
     }
     bundle = Bundle.save(job.out / "bundle", model, facts, reference)
-    shutil.rmtree(partial)
+    remove_folder(job.out / PARTIAL)
+    remove_folder(job.scratch / PARTIAL)
     if tracker.key:
-        tracker.artifacts(draw_losses(progress.history, job.out / "plots" / "losses.png"), "plots")
+        tracker.artifacts(draw_losses(progress.history, job.scratch / "plots" / "losses.png"), "plots")
         tracker.artifacts(bundle.path, "bundle")
         digests = {"view_digest": view.digest, "schema_digest": job.schema.digest, "bundle_digest": bundle.digest}
         tracker.register(str(facts["name"]), digests | {"model": config.model}, config.alias)

@@ -26,6 +26,7 @@ def command(
     """
     from scviaduct.distributed.runstatus import run_status
     from scviaduct.distributed.train import train
+    from scviaduct.storage.places import place
 
     most = config.fit.max_epochs
 
@@ -37,6 +38,7 @@ def command(
     with Steps("epoch", most) as steps:
         bundle = train(atlas, config, on_epoch=told)
     facts = bundle.facts["training"]
-    output.print(f"{config.out / 'bundle'}: {bundle.name} of {facts['cells']:,} cells after {facts['epochs']} epochs.")
-    output.print(f"Next: scviaduct map {config.out} QUERY.h5ad --out mapped", style="dim")
+    out = place(config.out)
+    output.print(f"{out / 'bundle'}: {bundle.name} of {facts['cells']:,} cells after {facts['epochs']} epochs.")
+    output.print(f"Next: scviaduct map {out} QUERY.h5ad --out mapped", style="dim")
     return 0

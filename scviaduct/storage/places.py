@@ -71,8 +71,8 @@ def local(path: str | Path | UPath, what: str) -> Path:
     if isinstance(found, Path):
         return found
     raise ConfigError(
-        f"{what} cannot be {found}: only reading works on object stores. Use a local path, and copy what must go there "
-        f"(aws s3 sync LOCAL {found}, s5cmd, gcloud storage rsync)."
+        f"{what} cannot be {found}: but for runs of train, object stores are only read. Use a local path, and copy "
+        f"what must go there (aws s3 sync LOCAL {found}, s5cmd, gcloud storage rsync)."
     )
 
 

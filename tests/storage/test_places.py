@@ -260,9 +260,14 @@ def test_a_store_that_cannot_be_reached_is_told(s3, monkeypatch):
 def test_writing_there_is_refused(there, here, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for out in ("s3://shared/new.zarr", Path("s3://shared/new.zarr")):
-        with pytest.raises(ConfigError, match=r"cannot be s3://shared/new.zarr: only reading works .*aws s3 sync"):
+        with pytest.raises(
+            ConfigError,
+            match=r"cannot be s3://shared/new.zarr: but for runs of train, object stores are only read .*aws s3 sync",
+        ):
             convert([here.parent / "a.h5ad"], out=out)
-        with pytest.raises(ConfigError, match=r"cannot be s3://shared/some.*: only reading works"):
+        with pytest.raises(
+            ConfigError, match=r"cannot be s3://shared/some.*: but for runs of train, object stores are only read"
+        ):
             prepare(Path(there), genes=10, name="new")
     assert list(tmp_path.iterdir()) == []
 

@@ -1,0 +1,119 @@
+"""A run whose folder is in an object store."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from scviaduct.distributed.bundle import Bundle
+from scviaduct.distributed.checkpoint import Checkpoints
+from scviaduct.distributed.inspect import inspect
+from scviaduct.distributed.map import map as map_queries
+from scviaduct.distributed.runstatus import run_status
+from scviaduct.distributed.train import train
+from scviaduct.errors import ConfigError, IncompleteError, OutputExistsError, ScviaductError, UnreadableFileError
+from scviaduct.storage.places import place
+
+
+@pytest.fixture(scope="module")
+def bucket(s3):
+    client = s3.client()
+    client.create_bucket(Bucket="runs")
+    client.close()
+    return "s3://runs"
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "scviaduct" / "bundles"
+
+
+def weights(bundle):
+    return load_file(bundle.path / "model.safetensors")
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+class Gone(Exception):
+    pass
+
+
+def test_a_run_in_a_bucket_is_stopped_resumed_looked_at_and_mapped_onto(
+    atlas, config, map_config, query_file, bucket, tmp_path, cache
+):
+    here = train(atlas, config(tmp_path / "here", max_epochs=4))
+    out, told = Path(f"{bucket}/one"), []  # a Path, as the command line makes it
+    made = config(out, max_epochs=4, checkpoint_every="0.01s", max_failures=0)
+
+    def stop(record):
+        if record["epoch"] == 1:
+            raise Gone
+
+    with pytest.raises(ScviaductError, match="in s3://runs/one was given up after 0 restarts"):
+        train(atlas, made, on_epoch=stop)
+    assert json.loads((place(out) / "run.json").read_text())["config"]["out"] == "s3://runs/one"
+    status = run_status(out)
+    assert (status.state, status.epoch, status.attempt) == ("running", 2, 1) and status.checkpoint_age < 600
+    with pytest.raises(IncompleteError, match="has not finished"):
+        Bundle.open(out)
+    with pytest.raises(OutputExistsError, match="s3://runs/one exists already"):
+        train(atlas, made)
+    there = train(atlas, config(out, max_epochs=4, resume=True), on_epoch=lambda r: told.append(r["epoch"]))
+    assert same(weights(here), weights(there))
+    np.testing.assert_array_equal(here.latent(), there.latent())
+    np.testing.assert_array_equal(here.labels(), there.labels())
+    assert told[-1] == 3 and run_status(out).state == "finished"
+    assert there.path.parent == cache and Bundle.open(str(place(out))).path == there.path
+    names = {p.name for p in place(out).iterdir()}
+    assert names == {"run.json", "history.jsonl", "attempts.json", "checkpoints", "bundle"}
+    assert inspect(out).kind == "run" and inspect(f"{out}/bundle").kind == "bundle"
+    assert train(atlas, config(out, max_epochs=4, resume=True)).path == there.path  # nothing to do
+    summary = map_queries(out, [query_file], map_config(tmp_path / "mapped"))
+    assert list(summary["status"]) == ["mapped"]
+
+
+def test_what_is_not_whole_in_a_bucket_is_refused(run, s3, bucket, cache):
+    def uploaded(name):
+        return place(s3.upload(run / "bundle", f"b-{name}", "bundle"))
+
+    lacking = uploaded("lacking")
+    (lacking / "model.safetensors").unlink()
+    with pytest.raises(IncompleteError, match="lacks a file"):
+        Bundle.open(str(lacking))
+    changed = uploaded("changed")
+    (changed / "model.safetensors").write_bytes(b"0" * 99)
+    with pytest.raises(IncompleteError, match="other sha256"):
+        Bundle.open(str(changed))
+    outside = uploaded("outside")
+    facts = json.loads((outside / "model.json").read_text())
+    facts["files"]["../../stolen"] = "0"
+    (outside / "model.json").write_text(json.dumps(facts))
+    with pytest.raises(UnreadableFileError, match=r"names a file outside of its folder: '\.\./\.\./stolen'"):
+        Bundle.open(str(outside))
+    assert not cache.exists() or not list(cache.iterdir())  # nothing half is kept
+    with pytest.raises(UnreadableFileError, match="s3://runs/nothing does not exist"):
+        Bundle.open(f"{bucket}/nothing")
+
+
+def test_what_a_bucket_cannot_take_is_refused(atlas, config, bucket):
+    with pytest.raises(ConfigError, match="--log-cells writes at each step"):
+        train(atlas, config(Path(f"{bucket}/logged"), log_cells=True))
+    with pytest.raises(ConfigError, match="There is no run to resume in s3://runs/none"):
+        train(atlas, config(Path(f"{bucket}/none"), resume=True))
+    assert not place(f"{bucket}/logged").exists()
+
+
+def test_two_workers_write_parts_of_their_own(atlas, config, bucket, tmp_path, ray_cluster):
+    options = {"deterministic": True, "max_epochs": 2}
+    one = train(atlas, config(tmp_path / "one", **options))
+    two = train(atlas, config(Path(f"{bucket}/two"), workers=2, **options))
+    assert same(weights(one), weights(two))
+    np.testing.assert_array_equal(one.latent(), two.latent())
+    np.testing.assert_array_equal(one.labels(), two.labels())
+    assert Checkpoints(place(f"{bucket}/two/checkpoints")).newest() > 0
