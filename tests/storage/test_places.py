@@ -262,7 +262,7 @@ def test_writing_there_is_refused(there, here, tmp_path, monkeypatch):
     for out in ("s3://shared/new.zarr", Path("s3://shared/new.zarr")):
         with pytest.raises(
             ConfigError,
-            match=r"cannot be s3://shared/new.zarr: but for runs of train, object stores are only read .*aws s3 sync",
+            match=r"cannot be s3://shared/new.zarr: but for runs of train, object stores are only read.*aws s3 sync",
         ):
             convert([here.parent / "a.h5ad"], out=out)
         with pytest.raises(
