@@ -77,6 +77,15 @@ def remove_folder(folder: Place, *, marker: str = "") -> None:
     folder.fs.rm(folder.path, recursive=True)
 
 
+def read_from(file: Place, start: int = 0) -> bytes:
+    """A file's bytes from `start` on; of an object that is replaced meanwhile, the old ones or the new ones."""
+    if not isinstance(file, Path):  # opening and then reading it would fail between the two
+        return bytes(file.fs.cat_file(file.path))[start:]
+    with file.open("rb") as stream:
+        stream.seek(start)
+        return stream.read()
+
+
 def write_json(file: Place, record: object) -> None:
     """Write JSON so that readers see the whole file or none."""
     if isinstance(file, Path):

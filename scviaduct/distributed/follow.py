@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from scviaduct.distributed.files import read_from
 from scviaduct.storage.places import Place
 
 _POLL_SECONDS = 0.3
@@ -39,9 +40,7 @@ class Follower:
     def _read(self) -> None:
         if not self._path.exists():
             return
-        with self._path.open("rb") as stream:
-            stream.seek(self._offset)
-            whole, _, _ = stream.read().rpartition(b"\n")
+        whole, _, _ = read_from(self._path, self._offset).rpartition(b"\n")
         if not whole:
             return
         self._offset += len(whole) + 1
@@ -54,7 +53,7 @@ class Follower:
 def read_history(run: Place) -> list[dict[str, float]]:
     """A run's epochs in their order; an epoch repeated after a kill counts once, a line that a kill tore not."""
     path, by_epoch = run / "history.jsonl", dict[int, dict[str, float]]()
-    for line in path.read_text().splitlines() if path.exists() else []:
+    for line in read_from(path).splitlines() if path.exists() else []:
         try:
             record = json.loads(line)
         except json.JSONDecodeError:
