@@ -213,3 +213,12 @@ def test_no_array_of_cells_by_regions_is_made(monkeypatch):
     ours(x, *tensors)
     assert len(sizes) > 3
     assert max(sizes) <= max(tensors[1].numel(), 20 * kernel._BLOCK) < 20 * 30_000
+
+
+def test_no_cells_cost_nothing():
+    """A worker may hold none of a batch's cells; its gradients are zeros."""
+    _, *tensors = inputs(3, 20)
+    leaves = [t[:0] if k in (0, 3) else t for k, t in enumerate(tensors)]
+    out, grads = ours(np.zeros((0, 20)), *leaves)
+    assert float(out.mean.detach()) == 0.0
+    assert all(torch.equal(g, torch.zeros_like(g)) for g in grads)

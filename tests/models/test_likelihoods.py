@@ -153,6 +153,26 @@ def test_extreme_poisson(x, logits, softplus):
     np.testing.assert_allclose(ours[0].numpy(), grads[0].numpy(), rtol=1e-4, atol=3e-6 * max(1.0, max(x)))
 
 
+@given(
+    x=st.lists(sizes, min_size=4, max_size=4),
+    px_r=st.lists(st.sampled_from([-6.0, -1.0, 0.0, 3.0, 20.0]), min_size=4, max_size=4),
+    logits=st.lists(st.sampled_from([-30.0, -3.0, 0.0, 2.0]), min_size=4, max_size=4),
+    softplus=st.booleans(),
+)
+def test_extreme_normal(x, px_r, logits, softplus):
+    counts = np.array([x], np.float32)
+    px = Decoded(torch.tensor([logits]), torch.tensor([math.log(max(1.0, sum(x)))]), torch.tensor(px_r), None, softplus)
+    loss, grads = reference("normal", counts, px)
+    out, ours = fused("normal", counts, px)
+    # x - mu carries float32's error of numbers of this size, in units of the smallest standard deviation, squared
+    units = max(1.0, sum(x)) * math.exp(-min(px_r))
+    np.testing.assert_allclose(float(out.total), float(loss.sum()), rtol=1e-4, atol=1e-4 + 1e-6 * units**2)
+    for a, b in zip(ours, grads, strict=True):
+        if a is not None:
+            assert torch.isfinite(a).all()
+            np.testing.assert_allclose(a.numpy(), b.numpy(), rtol=1e-3, atol=1e-4 + 3e-6 * units**2)
+
+
 @pytest.mark.parametrize("px_r", [-300.0, -100.0, 90.0, 300.0])
 @pytest.mark.parametrize("kind", ["nb", "zinb"])
 def test_dispersions_outside_float32_stay_finite(kind, px_r):
