@@ -207,8 +207,8 @@ class Sampler:
 
     @property
     def steps(self) -> int:
-        """Steps of one epoch: as many as make batches nearest to batch_size."""
-        return max(1, round(self.n_kept / self.batch_size))
+        """Steps of one epoch: as many as loaders take whose last batch is what is left, here in equal batches."""
+        return -(-self.n_kept // self.batch_size)
 
     def includes(self, rows: NDArray[np.int64]) -> NDArray[np.bool_]:
         """True for the rows that belong to this part of the split, shape (rows,)."""

@@ -131,7 +131,7 @@ def test_the_main_batches_stay_as_they_are_and_weights_make_means():
 
 
 def test_the_same_cell_gets_other_noise_in_each_pass_and_beside_the_main_stream():
-    plan = plan_of(20, n_rows=400, block_rows=32, batch_size=32, n_lanes=4, seed=0)
+    plan = plan_of(20, n_rows=384, block_rows=32, batch_size=32, n_lanes=4, seed=0)
     steps = stream_of(plan, 0)
     keys = [dict(zip(rows_of(s), s[0].seeds.tolist(), strict=True)) for s in steps]
     row = int(np.intersect1d(plan.drawn(0), plan.drawn(1))[0])
