@@ -60,6 +60,7 @@ def _in_this_process(work: Callable[[Job], None], job: Job, max_failures: int) -
 
 def _fit_on_ray(work: Callable[[Job], None], job: Job, config: TrainConfig) -> None:
     import ray
+    from ray.exceptions import RayError
     from ray.train import WorkerGroupError
 
     gpus = config.gpus_per_worker
@@ -74,6 +75,11 @@ def _fit_on_ray(work: Callable[[Job], None], job: Job, config: TrainConfig) -> N
         _trainer(work, job, config, gpus).fit()
     except WorkerGroupError as error:
         failed = error
+    except RayError as error:  # the controller is gone, and with it the head, or its node
+        raise ScviaductError(
+            f"The Ray cluster was lost ({type(error).__name__}). The last checkpoint in {job.out} is intact: start the "
+            "cluster again and continue with --resume."
+        ) from error
     if refused := refusal(job.out):
         raise refused
     if failed:
