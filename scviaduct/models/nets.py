@@ -13,15 +13,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
+import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from scviaduct.models import products
-from scviaduct.models.counts import Cells
+from scviaduct.models.counts import Cells, Counts
+from scviaduct.models.fused import Values, normalised_and_rectified
 from scviaduct.models.noise import Noise
+from scviaduct.models.statistics import normalised_over_processes, several_processes
 
 _VAR_EPS = 1e-4
 _HALF_LOG_2PI = 0.5 * math.log(2.0 * math.pi)
@@ -126,6 +128,22 @@ class Blocks(nn.ModuleList):
             h = cast(Columns, block).add(h, codes)
         return h
 
+    def values(self, h: Tensor, bias: Tensor | None, codes: Sequence[Tensor]) -> Values:
+        """As `forward` with the bias, but the first covariate's rows are left to be added later."""
+        first: tuple[Tensor, Tensor] | None = None
+        for block in cast("list[Columns]", self):
+            table = block.table()
+            if table is None:
+                continue
+            if first is None:
+                first = (table if bias is None else table + bias, codes[block.covariate])
+            else:
+                h = h + F.embedding(codes[block.covariate], table)
+        if first is not None:
+            return Values(h, *first)
+        added = h.new_zeros(1, h.shape[1]) if bias is None else bias.unsqueeze(0)
+        return Values(h, added, torch.zeros(len(codes[0] if codes else h), dtype=torch.long, device=h.device))
+
 
 def reset(layer: nn.Module, n_in: int, columns: Blocks) -> None:
     """torch's initialisation of a Linear, in which the covariates' columns count as inputs."""
@@ -158,7 +176,27 @@ class Linear(nn.Linear):
         return linear(x, self.weight, self.bias)
 
 
-class CategoricalLinear(nn.Module):
+class Affine(nn.Module):
+    """A linear map of the input, a bias, and a row for each covariate's category."""
+
+    bias: Tensor | None
+    columns: Blocks
+
+    def product(self, x: Any) -> Tensor:
+        """The linear map alone, (cells, width)."""
+        raise NotImplementedError
+
+    def values(self, x: Any, codes: Sequence[Tensor]) -> Values:
+        """What `forward` gives, before it is added up."""
+        return self.columns.values(self.product(x), self.bias, codes)
+
+    def forward(self, x: Any, codes: Sequence[Tensor]) -> Tensor:
+        """The input of (cells) and a (cells,) code per covariate to (cells, width)."""
+        h = self.product(x)
+        return self.columns(h if self.bias is None else h + self.bias, codes)
+
+
+class CategoricalLinear(Affine):
     """`W x + b + sum_k C_k[code_k]`; weight is (width, inputs)."""
 
     def __init__(
@@ -170,12 +208,16 @@ class CategoricalLinear(nn.Module):
         self.columns = Blocks(n_categories, width, labels=labels)
         reset(self, n_in, self.columns)
 
+    def product(self, x: Tensor) -> Tensor:
+        """(cells, inputs) to (cells, width)."""
+        return linear(x, self.weight, None)
+
     def forward(self, x: Tensor, codes: Sequence[Tensor]) -> Tensor:
         """(cells, inputs) and a (cells,) code per covariate to (cells, width)."""
         return self.columns(linear(x, self.weight, self.bias), codes)
 
 
-class CountsLinear(nn.Module):
+class CountsLinear(Affine):
     """The first layer of an encoder: `log1p(counts) W + continuous V + b + sum_k C_k[code_k]`.
 
     `weight` is (genes, width), as the sparse product wants it; `continuous` (continuous covariates, width) exists
@@ -193,43 +235,14 @@ class CountsLinear(nn.Module):
         self.columns = Blocks(n_categories, width)
         reset(self, n_genes + n_continuous, self.columns)
 
-    def forward(self, cells: Cells, codes: Sequence[Tensor]) -> Tensor:
-        """Cells and their codes to (cells, width)."""
-        h = cells.counts.product(cells.counts.values(self.transform), self.weight) + self.bias
-        if self.continuous is not None:
-            h = torch.addmm(h, cells.continuous, self.continuous).to(h.dtype)
-        return self.columns(h, codes)
+    def seen(self, counts: Counts) -> NDArray[np.float32]:
+        """(nnz,) what the encoder sees of the counts."""
+        return counts.values(self.transform)
 
-
-class _SynchronisedBatchNorm(torch.autograd.Function):
-    """Batch normalisation over the union of all processes' cells, however many each holds."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        moments = (x.mean(0), x.var(0, correction=0)) if len(x) else (x.new_zeros(2 * x.shape[1]),)
-        mine = torch.cat([x.new_tensor([float(len(x))]), *moments])
-        parts = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
-        dist.all_gather(parts, mine)
-        n, means, variances = torch.stack(parts).split([1, x.shape[1], x.shape[1]], dim=1)
-        total = n.sum()
-        mean = (n * means).sum(0) / total
-        # Variance of a union: within plus between the parts (Chan et al., 1979), without cancellation.
-        var = (n * (variances + (means - mean) ** 2)).sum(0) / total
-        scale = torch.rsqrt(var + eps)
-        normalised = (x - mean) * scale
-        ctx.save_for_backward(normalised, weight, scale, total)
-        ctx.mark_non_differentiable(mean, var, total)
-        return torch.addcmul(bias, normalised, weight), mean, var, total
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        normalised, weight, scale, total = ctx.saved_tensors
-        local = torch.stack([grad.sum(0), (grad * normalised).sum(0)])
-        union = local.clone()
-        dist.all_reduce(union)
-        union /= total
-        return (grad - union[0] - normalised * union[1]) * (weight * scale), local[1], local[0], None
+    def product(self, cells: Cells) -> Tensor:
+        """Cells to (cells, width)."""
+        h = cells.counts.product(self.seen(cells.counts), self.weight)
+        return h if self.continuous is None else torch.addmm(h, cells.continuous, self.continuous).to(h.dtype)
 
 
 class BatchNorm(nn.Module):
@@ -250,13 +263,17 @@ class BatchNorm(nn.Module):
         self.register_buffer("running_var", torch.ones(width))
         self.frozen = False
 
+    def observe(self, moments: Tensor, n: int) -> None:
+        """Move the running statistics towards the (2, width) mean and variance of n cells, made unbiased."""
+        self.running_mean.lerp_(moments[0], self.momentum)
+        self.running_var.lerp_(moments[1] * (n / (n - 1.0)), self.momentum)
+
     def forward(self, x: Tensor) -> Tensor:
         """Normalise (cells, width)."""
         live = self.training and not self.frozen
-        if live and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-            y, mean, var, total = _SynchronisedBatchNorm.apply(x, self.weight, self.bias, self.eps)
-            self.running_mean.lerp_(mean, self.momentum)
-            self.running_var.lerp_(var * (total / (total - 1.0)), self.momentum)
+        if live and several_processes():
+            y, moments, n = normalised_over_processes(x, self.weight, self.bias, self.eps)
+            self.observe(moments, n)
             return y
         return F.batch_norm(
             x, self.running_mean, self.running_var, self.weight, self.bias, live, self.momentum, self.eps
@@ -294,14 +311,34 @@ class HiddenLayer(nn.Module):
         self.negative_slope = hidden.negative_slope
 
     def forward(self, x: Any, codes: Sequence[Tensor], noise: Noise | None) -> Tensor:
-        """(cells, inputs) to (cells, n_hidden); noise None means no dropout."""
+        """(cells, inputs) to (cells, n_hidden); noise None means no dropout.
+
+        With several codes for each row of the input the output has a row for each code.
+        """
+        values, p = self._values(x, codes), self.dropout_rate if self.training else 0.0
+        if not values.fusable or (self.batch_norm is not None and self.layer_norm):
+            return self._by_torch(values.dense(), noise, p)
+        kept = noise.chosen(p) if noise is not None and p else None
+        if noise is not None and not p:
+            noise.dropout(values.h, 0.0)  # counts as a draw
+        slope = self.negative_slope
+        return normalised_and_rectified(
+            values, self.batch_norm, layer_norm=self.layer_norm, negative_slope=slope, kept=kept
+        )
+
+    def _values(self, x: Any, codes: Sequence[Tensor]) -> Values:
+        if isinstance(self.linear, Affine):
+            return self.linear.values(x, codes)
         h = self.linear(x, codes)
+        return Values(h, h.new_zeros(1, h.shape[1]), torch.zeros(len(h), dtype=torch.long, device=h.device))
+
+    def _by_torch(self, h: Tensor, noise: Noise | None, p: float) -> Tensor:
         if self.batch_norm is not None:
             h = self.batch_norm(h)
         if self.layer_norm:
             h = F.layer_norm(h, h.shape[1:])
         h = F.leaky_relu(h, self.negative_slope) if self.negative_slope else F.relu(h)
-        return noise.dropout(h, self.dropout_rate if self.training else 0.0) if noise is not None else h
+        return noise.dropout(h, p) if noise is not None else h
 
 
 class Given(nn.Module):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import numba
 import numpy as np
@@ -15,9 +16,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-_GOLDEN, _MIX1, _MIX2 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
-_BITS = 23  # (k + 1/2) / 2**23 is exact in float32 and never 0 or 1
-_STEP = 2.0**-_BITS
+from scviaduct.models.vectormath import cos_and_sin_of_turns, log
+
+GOLDEN, _MIX1, _MIX2 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
+BITS = 23  # (k + 1/2) / 2**23 is exact in float32 and never 0 or 1
+_STEP = 2.0**-BITS
 
 
 def _signed(x: int) -> int:
@@ -25,8 +28,9 @@ def _signed(x: int) -> int:
     return x - 2**64 if x >= 2**63 else x
 
 
-@numba.njit(nogil=True, cache=True)
-def _mix(x: np.uint64) -> np.uint64:
+@numba.njit(forceinline=True, nogil=True, cache=True)
+def mix(x: np.uint64) -> np.uint64:
+    """The last steps of splitmix64."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(_MIX1)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(_MIX2)
     return x ^ (x >> np.uint64(31))
@@ -35,14 +39,24 @@ def _mix(x: np.uint64) -> np.uint64:
 @numba.njit(nogil=True, cache=True, error_model="numpy")
 def _fill(seeds: NDArray[np.uint64], draw: int, out: NDArray[np.float32]) -> None:
     """One hash gives two uniforms: bits 41-63 and bits 9-31."""
-    mask, step = np.uint64(2**_BITS - 1), np.float32(_STEP)
+    mask, step = np.uint64(2**BITS - 1), np.float32(_STEP)
     half = np.float32(0.5 * _STEP)
     for i in range(seeds.size):
-        key = _mix(seeds[i] + np.uint64(_GOLDEN) * np.uint64(draw + 1))
+        key = mix(seeds[i] + np.uint64(GOLDEN) * np.uint64(draw + 1))
         for j in range(out.shape[1] // 2):
-            h = _mix(key + np.uint64(_GOLDEN) * np.uint64(j + 1))
+            h = mix(key + np.uint64(GOLDEN) * np.uint64(j + 1))
             out[i, 2 * j] = np.float32(np.int32(h >> np.uint64(41))) * step + half
             out[i, 2 * j + 1] = np.float32(np.int32((h >> np.uint64(9)) & mask)) * step + half
+
+
+@numba.njit(nogil=True, cache=True, error_model="numpy")
+def _normals(u: NDArray[np.float32]) -> None:
+    """In place: pairs of uniforms to pairs of standard normal numbers."""
+    for i in range(u.shape[0]):
+        for j in range(u.shape[1] // 2):
+            radius = np.sqrt(np.float32(-2.0) * log(u[i, 2 * j]))
+            cos, sin = cos_and_sin_of_turns(u[i, 2 * j + 1])
+            u[i, 2 * j], u[i, 2 * j + 1] = radius * cos, radius * sin
 
 
 @numba.njit(nogil=True, cache=True, error_model="numpy")
@@ -66,12 +80,23 @@ def _mix_tensor(x: Tensor) -> Tensor:
 
 def _uniform_tensor(seeds: Tensor, draw: int, width: int) -> Tensor:
     """The numbers of `_fill` by torch's integer operations, for any device."""
-    golden = _signed(_GOLDEN)
-    key = _mix_tensor(seeds + _signed((_GOLDEN * (draw + 1)) % 2**64))
+    golden = _signed(GOLDEN)
+    key = _mix_tensor(seeds + _signed((GOLDEN * (draw + 1)) % 2**64))
     pairs = torch.arange(1, width // 2 + 1, device=seeds.device) * golden
     h = _mix_tensor(key.unsqueeze(1) + pairs)
-    both = torch.stack([_shift(h, 41), _shift(h, 9) & (2**_BITS - 1)], 2).flatten(1)
+    both = torch.stack([_shift(h, 41), _shift(h, 9) & (2**BITS - 1)], 2).flatten(1)
     return both.to(torch.float32) * _STEP + 0.5 * _STEP
+
+
+class Kept(NamedTuple):
+    """Which units dropout keeps: those whose `Noise.uniform` of this draw is at least p."""
+
+    seeds: NDArray[np.uint64]
+    """(cells,)."""
+    draw: int
+    labels: int
+    """Rows of each cell, whose units follow one another in its draw."""
+    p: float
 
 
 class Noise:
@@ -96,6 +121,9 @@ class Noise:
     def normal(self, width: int) -> Tensor:
         """(cells, width) float32 from N(0, 1), by Box and Muller."""
         u = self.uniform(width + width % 2)
+        if self.device.type == "cpu":
+            _normals(u.numpy())
+            return u[:, :width]
         radius = torch.sqrt(-2.0 * torch.log(u[:, 0::2]))
         angle = (2.0 * math.pi) * u[:, 1::2]
         return torch.stack([radius * torch.cos(angle), radius * torch.sin(angle)], 2).flatten(1)[:, :width]
@@ -106,6 +134,11 @@ class Noise:
         self._draw += 1
         for seed in self._seeds:
             yield np.random.Generator(np.random.Philox(key=np.array([seed, draw], np.uint64)))
+
+    def chosen(self, p: float, labels: int = 1) -> Kept:
+        """What `dropout` would keep of (cells * labels) rows, for kernels that draw the numbers themselves."""
+        self._draw += 1
+        return Kept(self._seeds, self._draw - 1, labels, p)
 
     def dropout(self, h: Tensor, p: float) -> Tensor:
         """Inverted dropout: zero with probability p, otherwise h / (1 - p); h itself when p is 0."""

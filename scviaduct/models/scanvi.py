@@ -24,7 +24,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -33,9 +33,10 @@ from torch import Tensor, nn
 from scviaduct.errors import ConfigError
 from scviaduct.models.base import LabelledStream, Losses, Scores, require_range
 from scviaduct.models.counts import Cells
+from scviaduct.models.gaussians import draw_and_kl, log_density
 from scviaduct.models.likelihoods import over_cells, reconstruction
 from scviaduct.models.nets import CategoricalLinear, FCLayers, Gaussian, Hidden, Linear
-from scviaduct.models.noise import Noise
+from scviaduct.models.noise import Kept, Noise
 from scviaduct.models.scvi import SCVI, SCVIConfig
 from scviaduct.models.training import TrainingPlan
 from scviaduct.schema import MISSING, Batch, Schema
@@ -69,22 +70,21 @@ class SCANVIConfig(SCVIConfig):
 
 
 class LabelNet(nn.Module):
-    """A normal over the latent space given a point of it and a label, for all labels at once."""
+    """A normal over the latent space given a point of it and a label, for all labels at once; variance exp(.) + eps."""
 
     def __init__(self, n_latent: int, hidden: Hidden, eps: float) -> None:
         super().__init__()
         first = CategoricalLinear(n_latent, hidden.n_hidden, hidden.n_categories, labels=True)
         self.hidden = FCLayers(first, hidden)
         self.mean_and_log_var = Linear(hidden.n_hidden, 2 * n_latent)
-        self.eps = eps
+        self.eps, self.n_labels = eps, hidden.n_categories[0]
 
-    def forward(self, z: Tensor, noise: Noise | None) -> Gaussian:
-        """(cells, labels, latent) to a mean and a standard deviation of that shape."""
-        n, k, _ = z.shape
+    def forward(self, z: Tensor, noise: Noise | None) -> Tensor:
+        """(cells, latent), or (cells, labels, latent), to (cells, labels, 2 * latent) means and log variances."""
+        n, k = len(z), self.n_labels
         y = torch.arange(k, device=z.device).repeat(n)
-        rows = self.hidden(z.flatten(0, 1), [y], cast("Noise | None", noise and _PerLabel(noise, k)))
-        mean, log_var = self.mean_and_log_var(rows).unflatten(0, (n, k)).chunk(2, dim=2)
-        return Gaussian(mean, torch.sqrt(torch.exp(log_var) + self.eps))
+        rows = self.hidden(z.reshape(-1, z.shape[-1]), [y], cast("Noise | None", noise and _PerLabel(noise, k)))
+        return self.mean_and_log_var(rows).unflatten(0, (n, k))
 
 
 class _PerLabel:
@@ -93,9 +93,27 @@ class _PerLabel:
     def __init__(self, noise: Noise, n_labels: int) -> None:
         self._noise, self._n_labels = noise, n_labels
 
+    def chosen(self, p: float) -> Kept:
+        return self._noise.chosen(p, self._n_labels)
+
     def dropout(self, h: Tensor, p: float) -> Tensor:
+        if p == 0.0:
+            return self._noise.dropout(h, p)
         wide = h.reshape(len(h) // self._n_labels, self._n_labels * h.shape[1])
         return self._noise.dropout(wide, p).reshape(h.shape)
+
+
+class GivenLabels(NamedTuple):
+    """What depends on the label, for every label of every cell."""
+
+    qz2: Tensor
+    """(cells, labels, 2 * latent) mean and log variance of q(z2 | z1, y)."""
+    z2: Tensor
+    """(cells, labels, latent) a draw from it."""
+    kl: Tensor
+    """(cells, labels) KL(q(z2 | z1, y) || p(z2))."""
+    log_pz1: Tensor
+    """(cells, labels) log p(z1 | z2, y)."""
 
 
 class Classifier(nn.Module):
@@ -190,24 +208,20 @@ class SCANVI(SCVI):
             {"classification": ce.detach()},
         )
 
-    def _given_labels(self, z1: Tensor, noise: Noise) -> tuple[Gaussian, Tensor, Gaussian]:
-        """q(z2 | z1, y), a draw z2 from it, and p(z1 | z2, y): (cells, labels, latent) each."""
+    def _given_labels(self, z1: Tensor, noise: Noise) -> GivenLabels:
+        """All that is computed for each label, at a draw z2 from q(z2 | z1, y)."""
         n, k = len(z1), self.classifier.logits.out_features
-        qz2 = self.encoder_z2_z1(z1.unsqueeze(1).expand(n, k, -1), noise)
-        z2 = torch.addcmul(qz2.mean, qz2.std, noise.normal(k * z1.shape[1]).reshape(qz2.mean.shape))
-        return qz2, z2, self.decoder_z1_z2(z2, None)
+        qz2 = self.encoder_z2_z1(z1, noise)
+        z2, kl = draw_and_kl(qz2, noise.normal(k * z1.shape[1]).reshape(n, k, z1.shape[1]), self.encoder_z2_z1.eps)
+        pz1 = self.decoder_z1_z2(z2, None)
+        return GivenLabels(qz2, z2, kl, log_density(pz1, z1, self.decoder_z1_z2.eps))
 
-    def _summed_over_labels(
-        self, qz: Gaussian, z1: Tensor, given_labels: tuple[Gaussian, Tensor, Gaussian], noise: Noise
-    ) -> tuple[Tensor, Tensor]:
+    def _summed_over_labels(self, qz: Gaussian, z1: Tensor, given: GivenLabels, noise: Noise) -> tuple[Tensor, Tensor]:
         """(cells,) log q(z1 | x) - E_y log p(z1 | z2, y), and (cells,) E_y KL(q(z2 | z1, y)) + KL(q(y | z1) || p(y))."""
-        (qz2, _, pz1), k = given_labels, self.classifier.logits.out_features
         log_probs = torch.log_softmax(self.classifier(z1, noise), 1)
         probs = torch.exp(log_probs)
-        expected = (probs * pz1.log_prob(z1.unsqueeze(1))).sum(1)
-        kl_z2 = 0.5 * (qz2.std**2 + qz2.mean**2 - 1.0 - 2.0 * torch.log(qz2.std)).sum(2)
-        kl = (probs * kl_z2).sum(1) + (probs * (log_probs + math.log(k))).sum(1)
-        return qz.log_prob(z1) - expected, kl
+        kl = (probs * (given.kl + log_probs + math.log(probs.shape[1]))).sum(1)
+        return qz.log_prob(z1) - (probs * given.log_pz1).sum(1), kl
 
     def score(self, q: tuple[Gaussian, Gaussian | None], cells: Cells, noise: Noise) -> Scores:
         """The ELBO's parts as in training: scvi-tools counts log q(z1 | x) - log p(z1 | z2, y) as reconstruction.
@@ -219,15 +233,20 @@ class SCANVI(SCVI):
         rec = reconstruction(self.config.gene_likelihood, cells.counts, self.generative(z, library, cells)).per_cell
         softmax = self.config.latent_distribution == "ln"
         z1 = torch.softmax(z, 1) if softmax else z
-        qz2, z2, pz1 = given_labels = self._given_labels(z1, noise)
-        entropy, kl = self._summed_over_labels(qz, z1, given_labels, noise)
-        by_label = pz1.log_prob(z1.unsqueeze(1)) + qz2.log_ratio(z2)
+        given = self._given_labels(z1, noise)
+        entropy, kl = self._summed_over_labels(qz, z1, given, noise)
+        by_label = given.log_pz1 + self._log_ratio(given)
         log_pz1 = torch.logsumexp(by_label, 1) - math.log(by_label.shape[1])
         log_weight = log_pz1 - qz.log_prob(z) - rec
         if ql is not None:
             prior = self._library_prior(cells)
             kl, log_weight = kl + ql.kl(*prior), log_weight + ql.log_ratio(library.unsqueeze(1), *prior)
         return Scores(-rec - entropy, kl, torch.full_like(rec, torch.nan) if softmax else log_weight)
+
+    def _log_ratio(self, given: GivenLabels) -> Tensor:
+        """(cells, labels) log p(z2) - log q(z2 | z1, y)."""
+        log_prior = -0.5 * (given.z2**2 + math.log(2.0 * math.pi)).sum(2)
+        return log_prior - log_density(given.qz2, given.z2, self.encoder_z2_z1.eps)
 
     def _cross_entropy(self, qz: Gaussian, cells: Cells, noise: Noise) -> Tensor:
         """Sum over the cells with a label, at the mean of q(z1 | x), times classification_ratio."""

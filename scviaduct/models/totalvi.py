@@ -16,10 +16,9 @@ input, and an adversary keeps z from telling the panels apart (`models.adversary
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple, cast
+from typing import Any, ClassVar, cast
 
 import numpy as np
 import torch
@@ -31,15 +30,15 @@ from scviaduct.errors import ConfigError
 from scviaduct.models.adversary import Adversary
 from scviaduct.models.base import COUNTS, GENES, Losses, Model, Offer, Quantity, Scores, require, require_range
 from scviaduct.models.counts import Cells
-from scviaduct.models.draws import draw_counts, negative_binomial
+from scviaduct.models.draws import draw_counts
 from scviaduct.models.likelihoods import Decoded, over_cells, reconstruction
-from scviaduct.models.nets import Blocks, CategoricalLinear, Columns, FCLayers, Gaussian, Hidden, Linear, reset
+from scviaduct.models.nets import Affine, Blocks, CategoricalLinear, Columns, FCLayers, Gaussian, Hidden, Linear, reset
 from scviaduct.models.noise import Noise
+from scviaduct.models.proteins import Proteins, background_kl, drawn, losses, mixture_nll
 from scviaduct.models.scvi import PLACES
 from scviaduct.models.training import TrainingPlan
 from scviaduct.schema import Batch, Schema
 
-_EPS = 1e-8
 _VAR_EPS = 1e-4
 
 
@@ -94,7 +93,7 @@ class TotalVIConfig:
         require(self.background_std, ("softplus", "exp"), "background_std")
 
 
-class TotalVIInput(nn.Module):
+class TotalVIInput(Affine):
     """The encoder's first layer, on log1p of counts that may be shares (`encoder_input`); genes sparse, proteins dense."""
 
     def __init__(
@@ -109,16 +108,14 @@ class TotalVIInput(nn.Module):
         self.columns = Blocks(n_categories, width)
         reset(self, len(schema.genes) + len(schema.proteins) + n_continuous, self.columns)
 
-    def forward(self, cells: Cells, codes: Sequence[Tensor]) -> Tensor:
-        """Cells and their codes to (cells, width)."""
+    def product(self, cells: Cells) -> Tensor:
+        """Cells to (cells, width)."""
         x, y = cells.counts, cells.proteins
         if self.shares:
             y = y / (1.0 + y.mean(1, keepdim=True))
-        h = x.product(x.log1p_share_values if self.shares else x.log1p_values, self.weight) + self.bias
+        h = x.product(x.log1p_share_values if self.shares else x.log1p_values, self.weight)
         h = torch.addmm(h, torch.log1p(y), self.proteins).to(h.dtype)
-        if self.continuous is not None:
-            h = torch.addmm(h, cells.continuous, self.continuous).to(h.dtype)
-        return self.columns(h, codes)
+        return h if self.continuous is None else torch.addmm(h, cells.continuous, self.continuous).to(h.dtype)
 
 
 class Branch(nn.Module):
@@ -134,21 +131,6 @@ class Branch(nn.Module):
         """(cells, n_in) to one tensor per head."""
         both = torch.cat([self.hidden(z, codes, noise), z], 1)
         return {name: head(both, codes) for name, head in self.heads.items()}
-
-
-class Proteins(NamedTuple):
-    """What the decoders say of the proteins of some cells, (cells, proteins) each."""
-
-    background: Gaussian
-    """log background rate."""
-    foreground: Tensor
-    """Foreground rate over background rate, at least 1."""
-    mixing: Tensor
-    """Logit of the probability of background."""
-    log_efficiency: Tensor
-    """Of the cell's batch."""
-    log_phi: Tensor
-    """Inverse dispersion: (proteins,) or (cells, proteins)."""
 
 
 class TotalVI(Model):
@@ -279,13 +261,16 @@ class TotalVI(Model):
         explicit = self.schema.size_factor is not None
         library = torch.log(cells.size_factor if explicit else cells.counts.total)
         px = Decoded(rna["scale"], library, _rows(self.px_r, codes), mixing.get("zi"), explicit)
-        positive = torch.exp if self.config.background_std == "exp" else F.softplus
         py = Proteins(
-            Gaussian(back["log_alpha"], positive(back["log_beta"]) + _EPS),
-            F.relu(fore["scale"]) + 1.0 + _EPS,
+            back["log_alpha"],
+            back["log_beta"],
+            fore["scale"],
             mixing["background"],
             _rows(self.log_efficiency, codes),
             _rows(self.py_r, codes),
+            _rows(self.background_mean, codes),
+            _rows(self.background_log_std, codes),
+            self.config.background_std == "exp",
         )
         return px, py
 
@@ -297,27 +282,17 @@ class TotalVI(Model):
         z = qz.sample(noise)
         px, py = self.generative(z, cells, noise)
         rec = reconstruction(self.config.gene_likelihood, cells.counts, px)
-        seen = self.measured[cells.codes[0]]
-        log_background = py.background.sample(noise)
-        proteins = torch.where(seen, _mixture_nll(cells.proteins, log_background, py), 0.0).sum(1)
-        kl = qz.kl() + self._background_kl(py, cells, seen)
-        loss = rec.mean + kl_weight * over_cells(proteins + kl)
-        extra = {"proteins": (kl_weight - 1.0) * proteins.detach().sum()}
+        proteins = losses(py, cells.proteins, self.measured[cells.codes[0]], noise.normal(py.mixing.shape[1]))
+        kl_z = qz.kl()
+        loss = rec.mean + kl_weight * (proteins.mean + over_cells(kl_z))
+        likelihood, kl = proteins.likelihood.sum(), (kl_z.detach() + proteins.kl).sum()
+        extra = {"proteins": (kl_weight - 1.0) * likelihood}
         if self.adversary is not None and self.training:
             # weighed by 1 - kl_weight as in scvi-tools; at 0 they still give gradients, for DistributedDataParallel
             adversarial = (1.0 - kl_weight) * torch.stack(self.adversary.losses(z, cells.codes[0], noise)).sum(0)
             loss = loss + over_cells(adversarial)
             extra["adversary"] = adversarial.detach().sum()
-        return Losses(loss, rec.total + proteins.detach().sum(), kl.detach().sum(), batch.n_cells, extra)
-
-    def _background_kl(self, py: Proteins, cells: Cells, seen: Tensor) -> Tensor:
-        """(cells,) KL of the background to its prior, the efficiencies' prior, and the pull towards foreground."""
-        mean = _rows(self.background_mean, cells.codes)
-        log_std = _rows(self.background_log_std, cells.codes)
-        q = py.background
-        kl = log_std - torch.log(q.std) + 0.5 * ((q.std**2 + (q.mean - mean) ** 2) * torch.exp(-2 * log_std) - 1.0)
-        efficiency = py.log_efficiency + 0.5 * py.log_efficiency**2 + 0.5 * math.log(2 * math.pi)
-        return (torch.where(seen, kl, 0.0) + efficiency + 1e-3 * F.softplus(-py.mixing)).sum(1)
+        return Losses(loss, rec.total + likelihood, kl, batch.n_cells, extra)
 
     def decode(self, quantity: Quantity, q: Gaussian, cells: Cells, noise: Noise | None) -> Tensor:
         """scvi-tools' get_normalized_expression and get_protein_foreground_probability, or counts drawn from the model.
@@ -335,7 +310,7 @@ class TotalVI(Model):
         b = py.background
         back = torch.exp(b.mean + 0.5 * b.std**2 if noise is None else b.sample(noise))
         if quantity.name == "protein_counts" and noise is not None:
-            return _draw_proteins(back, py, noise)[:, quantity.chosen]
+            return drawn(back, py, noise)[:, quantity.chosen]
         proteins = back * py.foreground * torch.sigmoid(-py.mixing)
         if quantity.include_background:
             proteins = proteins + back * torch.sigmoid(py.mixing)
@@ -348,14 +323,13 @@ class TotalVI(Model):
         """
         z = q.sample(noise)
         px, py = self.generative(z, cells, None)
-        seen = self.measured[cells.codes[0]]
-        log_background = py.background.sample(noise)
-        proteins = torch.where(seen, _mixture_nll(cells.proteins, log_background, py), 0.0).sum(1)
+        seen, log_background = self.measured[cells.codes[0]], py.background.sample(noise)
+        proteins = torch.where(seen, mixture_nll(cells.proteins, log_background, py), 0.0).sum(1)
         log_likelihood = -reconstruction(self.config.gene_likelihood, cells.counts, px).per_cell - proteins
-        mean, log_std = (_rows(table, cells.codes) for table in (self.background_mean, self.background_log_std))
-        prior, posterior = (torch.distributions.Normal(*p) for p in ((mean, torch.exp(log_std)), py.background))
-        ratio = torch.where(seen, prior.log_prob(log_background) - posterior.log_prob(log_background), 0.0).sum(1)
-        kl = q.kl() + self._background_kl(py, cells, seen)
+        log_prior = py.prior.log_prob(log_background)
+        posterior = torch.distributions.Normal(*py.background)
+        ratio = torch.where(seen, log_prior - posterior.log_prob(log_background), 0.0).sum(1)
+        kl = q.kl() + background_kl(py, seen)
         return Scores(log_likelihood, kl, log_likelihood + q.log_ratio(z) + ratio)
 
     def encode(self, batch: Batch) -> Gaussian:
@@ -369,32 +343,3 @@ def _rows(table: nn.Module | Tensor, codes: Sequence[Tensor]) -> Tensor:
     if not isinstance(table, Columns):
         return cast(Tensor, table)
     return F.embedding(codes[0], cast(Tensor, table.table()))
-
-
-def _mixture_nll(y: Tensor, log_background: Tensor, py: Proteins) -> Tensor:
-    """(cells, proteins) -log of the mixture of two negative binomials with one dispersion.
-
-    log(pi NB1 + (1 - pi) NB2) = logsumexp(log NB1, log NB2 - m) - softplus(-m) with m = logit pi.
-    """
-    mu1 = torch.exp(py.log_efficiency + log_background)
-    mu2 = mu1 * py.foreground
-    phi = torch.exp(py.log_phi)
-    shared = torch.lgamma(y + phi) - torch.lgamma(phi) - torch.lgamma(y + 1)
-    both = [
-        phi * (torch.log(phi + _EPS) - torch.log(phi + mu + _EPS))
-        + y * (torch.log(mu + _EPS) - torch.log(phi + mu + _EPS))
-        for mu in (mu1, mu2)
-    ]
-    mixed = torch.logsumexp(torch.stack([both[0], both[1] - py.mixing]), 0)
-    return -(shared + mixed - F.softplus(-py.mixing))
-
-
-def _draw_proteins(background: Tensor, py: Proteins, noise: Noise) -> Tensor:
-    """(cells, proteins) counts drawn from the mixture."""
-    low = (torch.exp(py.log_efficiency) * background).cpu().double().numpy()
-    high, pi = low * py.foreground.cpu().double().numpy(), torch.sigmoid(py.mixing).cpu().double().numpy()
-    phi = np.broadcast_to(torch.exp(py.log_phi).detach().cpu().double().numpy(), low.shape)
-    out = np.empty(low.shape, np.float32)
-    for i, rng in enumerate(noise.generators()):
-        out[i] = negative_binomial(rng, np.where(rng.random(low.shape[1]) < pi[i], low[i], high[i]), phi[i])
-    return torch.from_numpy(out)

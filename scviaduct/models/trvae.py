@@ -120,12 +120,9 @@ class _ValuesLinear(CountsLinear):
 
     target_sum = 0.0
 
-    def forward(self, cells: Cells, codes: Sequence[Tensor]) -> Tensor:
-        """Cells and their codes to (cells, width)."""
-        h = cells.counts.product(values(cells.counts, self.target_sum), self.weight) + self.bias
-        if self.continuous is not None:
-            h = torch.addmm(h, cells.continuous, self.continuous).to(h.dtype)
-        return self.columns(h, codes)
+    def seen(self, counts: Counts) -> NDArray[np.float32]:
+        """(nnz,) what the encoder sees of the counts."""
+        return values(counts, self.target_sum)
 
 
 def values(counts: Counts, target_sum: float) -> NDArray[np.float32]:

@@ -8,7 +8,7 @@ import torch.multiprocessing as mp
 
 from scviaduct.errors import DataError
 from scviaduct.models.counts import Cells
-from scviaduct.models.nets import BatchNorm, CategoricalLinear, Columns, CountsLinear, Gaussian
+from scviaduct.models.nets import BatchNorm, CategoricalLinear, Columns, CountsLinear, Gaussian, Hidden, HiddenLayer
 
 CPU = torch.device("cpu")
 
@@ -145,7 +145,20 @@ def _step(x: torch.Tensor, upstream: torch.Tensor) -> dict[str, torch.Tensor]:
     y = norm(x)
     y.backward(upstream)
     return {"y": y.detach(), "x": x.grad, "weight": norm.weight.grad, "bias": norm.bias.grad,
-            "mean": norm.running_mean, "var": norm.running_var}  # fmt: skip
+            "mean": norm.running_mean, "var": norm.running_var} | _layer_step(x, upstream)  # fmt: skip
+
+
+def _layer_step(x: torch.Tensor, upstream: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The same of a hidden layer, whose steps are fused."""
+    hidden = Hidden(n_hidden=4, n_layers=1, dropout_rate=0.0, batch_norm=True, layer_norm=False, n_categories=(2,), deep=True)  # fmt: skip
+    torch.manual_seed(0)
+    layer, x = HiddenLayer(CategoricalLinear(4, 4, (2,)), hidden), (x.detach() - 30).requires_grad_()
+    y = layer(x, [(x.detach()[:, 0] > 0).long()], None)
+    y.backward(upstream)
+    norm, columns = layer.batch_norm, layer.linear.columns[0]
+    return {"layer y": y.detach(), "layer x": x.grad, "layer weight": norm.weight.grad, "layer bias": norm.bias.grad,
+            "layer columns": columns.weight.grad, "layer linear": layer.linear.weight.grad,
+            "layer mean": norm.running_mean, "layer var": norm.running_var}  # fmt: skip
 
 
 @pytest.mark.parametrize("shares", SHARES, ids=str)
@@ -153,10 +166,11 @@ def test_two_processes_normalise_over_the_union_of_their_cells(tmp_path, shares)
     mp.spawn(_one_rank, (str(tmp_path / "store"), str(tmp_path / "out"), shares), nprocs=2)
     a, b = (torch.load(f"{tmp_path}/out{rank}", weights_only=True) for rank in range(2))
     alone = _step(*_union(sum(shares)))
-    for name in ("y", "x"):
+    for name in ("y", "x", "layer y", "layer x"):
         torch.testing.assert_close(torch.cat([a[name], b[name]]), alone[name], rtol=1e-4, atol=1e-4)
-    for name in ("weight", "bias"):  # DDP sums these over the processes
+    summed = ("weight", "bias", "layer weight", "layer bias", "layer columns", "layer linear")
+    for name in summed:  # DDP sums these over the processes
         torch.testing.assert_close(a[name] + b[name], alone[name], rtol=1e-4, atol=1e-4)
-    for name in ("mean", "var"):
+    for name in ("mean", "var", "layer mean", "layer var"):
         torch.testing.assert_close(a[name], alone[name])
         assert torch.equal(a[name], b[name])
