@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from typing import Any
 
 import psutil
 import ray
@@ -27,7 +28,7 @@ class NodeAddressConfig(TorchConfig):
 
 
 class _NodeAddressBackend(_TorchBackend):
-    def on_start(self, worker_group: BaseWorkerGroup, backend_config: TorchConfig) -> None:
+    def on_start(self, worker_group: BaseWorkerGroup, backend_config: Any) -> None:
         worker_group.execute(use_node_interface)
         super().on_start(worker_group, backend_config)
 
