@@ -7,7 +7,7 @@ negative logarithm is
     softplus(-m) - logaddexp(NB(mu1), NB(mu2) - m) - lgamma(y + phi) + lgamma(phi) + lgamma(y + 1).
 
 `second` is the posterior chance of foreground: the derivative of the logaddexp by NB(mu2). Everything is float64: there are
-few proteins, and their counts are in the thousands.
+few proteins, and their counts are in the thousands. numba's float() of a float32 stays float32; np.float64 widens.
 """
 
 from __future__ import annotations
@@ -98,11 +98,11 @@ def _divergence(mean: float, std: float, prior_mean: float, prior_log_std: float
 
 @numba.njit(forceinline=True, nogil=True, cache=True, error_model="numpy")
 def _protein(
-    said: Said, seen: Seen, i: int, p: int, weight: float, out: Row, work: NDArray[np.float64]
+    said: Said, seen: Seen, i: int | np.int64, p: int, weight: float, out: Row, work: NDArray[np.float64]
 ) -> tuple[float, float]:
     """Likelihood and KL of protein p of cell i; out[field, i, p] become the gradients of weight * (their sum)."""
     k = i if said.log_phi.shape[0] > 1 else 0
-    m, efficiency, logit = float(said.mixing[i, p]), float(said.efficiency[i, p]), float(said.std[i, p])
+    m, efficiency, logit = np.float64(said.mixing[i, p]), np.float64(said.efficiency[i, p]), np.float64(said.std[i, p])
     std = (math.exp(logit) if seen.exp_std else _softplus(logit)) + _EPS
     std_by_logit = std - _EPS if seen.exp_std else _sigmoid(logit)
     prior = efficiency + 0.5 * efficiency * efficiency + _HALF_LOG_2PI + 1e-3 * _softplus(-m)
@@ -110,10 +110,14 @@ def _protein(
     g, d = work[0], work[1]
     work[:] = 0.0
     if seen.measured[i, p]:
-        e = float(seen.noise[i, p])
-        log_mu = float(said.mean[i, p]) + std * e + efficiency
-        loss = _likelihood(float(seen.y[i, p]), (log_mu, float(said.foreground[i, p]), m, float(said.log_phi[k, p])), g)
-        kl = _divergence(float(said.mean[i, p]), std, float(said.prior_mean[i, p]), float(said.prior_log_std[i, p]), d)
+        e = np.float64(seen.noise[i, p])
+        log_mu = np.float64(said.mean[i, p]) + std * e + efficiency
+        loss = _likelihood(
+            np.float64(seen.y[i, p]), (log_mu, np.float64(said.foreground[i, p]), m, np.float64(said.log_phi[k, p])), g
+        )
+        kl = _divergence(
+            np.float64(said.mean[i, p]), std, np.float64(said.prior_mean[i, p]), np.float64(said.prior_log_std[i, p]), d
+        )
         d[1] += g[0] * e
     out[0, i, p], out[1, i, p] = weight * (g[0] + d[0]), weight * d[1] * std_by_logit
     out[2, i, p], out[3, i, p] = weight * g[1], weight * (g[2] - 1e-3 * _sigmoid(-m))
@@ -123,7 +127,7 @@ def _protein(
 
 
 @numba.njit(forceinline=True, nogil=True, cache=True, error_model="numpy")
-def _cell(said: Said, seen: Seen, i: int, weight: float, losses: Row, out: Row) -> None:
+def _cell(said: Said, seen: Seen, i: int | np.int64, weight: float, losses: Row, out: Row) -> None:
     loss, kl, work = 0.0, 0.0, np.empty((2, 4))
     for p in range(seen.y.shape[1]):
         own_loss, own_kl = _protein(said, seen, i, p, weight, out, work)
@@ -143,4 +147,4 @@ def proteins(said: Said, seen: Seen, weight: float, losses: Row, out: Row) -> No
 def proteins_parallel(said: Said, seen: Seen, weight: float, losses: Row, out: Row) -> None:
     """As `proteins`, cells spread over threads."""
     for i in numba.prange(seen.y.shape[0]):
-        _cell(said, seen, i, weight, losses, out)
+        _cell(said, seen, np.int64(i), weight, losses, out)
