@@ -120,10 +120,11 @@ def run(case: Case, a: argparse.Namespace, folder: Path) -> pd.DataFrame:
 
 
 def written(case: Case, data: Path, folder: Path) -> list[Path]:
-    """The files with what training needs in obs and obsm."""
+    """The files with what training needs in obs and obsm, without cells that have no count, which `prepare` leaves out."""
     paths = []
     for name in case.files:
         cells = ad.read_h5ad(data / name)
+        cells = cells[np.asarray(cells.X.sum(1)).ravel() > 0].copy()  # scvi-tools' PoissonVI takes their logarithm
         if case.labels_key not in cells.obs:
             cells.obs[case.labels_key] = "unknown"
         hide = np.random.default_rng(0).random(cells.n_obs) < 0.5
