@@ -15,6 +15,7 @@ from scviaduct.models.base import Quantity
 from scviaduct.models.counts import Cells
 from scviaduct.models.draws import draw_counts
 from scviaduct.models.likelihoods import Decoded, reconstruction
+from scviaduct.models.nets import Gaussian
 from scviaduct.models.noise import Noise
 from scviaduct.models.scanvi import SCANVI, SCANVIConfig
 from scviaduct.models.scvi import SCVI, SCVIConfig
@@ -289,7 +290,8 @@ def test_scanvi_s_marginal_likelihood_is_its_own(make_schema, make_batch):
         many = Cells.of(repeated(one, 20_000), schema, model.device)
         noise = Noise(np.arange(20_000, dtype=np.uint64))
         weights = model.score(model.inference(many, None), many, noise).log_weight.double()
-        p = model.decoder_z1_z2(grid[:, None, None].expand(n, 2, 1), None)
+        mean, log_var = model.decoder_z1_z2(grid[:, None, None].expand(n, 2, 1), None).chunk(2, dim=2)
+        p = Gaussian(mean, torch.exp(0.5 * log_var))
         log_p = p.log_prob(grid[:, None, None, None].expand(n, n, 2, 1)) - 0.5 * grid[None, :, None] ** 2
         log_pz1 = torch.logsumexp(log_p.flatten(1).double(), 1) + math.log(step / 2 / math.sqrt(2 * math.pi))
         cells = Cells.of(repeated(one, n), schema, model.device)
