@@ -102,23 +102,25 @@ def _extra_zeros(zi: Row, tl: Row, dzi: Row, sure: Row) -> np.float32:
 
 
 @numba.njit(forceinline=True, nogil=True, cache=True, error_model="numpy")
-def rising(x: float, theta: float) -> tuple[float, float]:
-    """log Gamma(x + theta) / Gamma(theta) and its derivative by theta: Stirling's difference, shifted up to 12."""
-    low, product, slope = theta, 1.0, 0.0
+def _rising(x: float, theta: float) -> tuple[float, float]:
+    """log Gamma(x+theta)/Gamma(theta) and its derivative by theta: Stirling's difference, shifted up to 12."""
+    low, shift, slope = theta, 0.0, 0.0
     while low < 12.0:
-        product *= (low + x) / low
-        slope += x / (low * (low + x))
+        shift -= math.log1p(x / low)
+        slope -= 1.0 / (low + x) - 1.0 / low
         low += 1.0
-    i, j, ratio = 1.0 / low, 1.0 / (low + x), math.log1p(x / low)
-    value = (low - 0.5) * ratio + x * (math.log(low + x) - 1.0) + (j - i) / 12.0 - (j**3 - i**3) / 360.0
+    i, j = 1.0 / low, 1.0 / (low + x)
+    ratio = math.log1p(x / low)
+    value = (low - 0.5) * ratio + x * (math.log(low + x) - 1.0)
+    value += (j - i) / 12.0 - (j * j * j - i * i * i) / 360.0
     digamma = ratio - 0.5 * (j - i) - (j * j - i * i) / 12.0 + (j**4 - i**4) / 120.0
-    return value - math.log(product), digamma + slope
+    return value + shift, digamma + slope
 
 
 @numba.njit(forceinline=True, nogil=True, cache=True, error_model="numpy")
 def _large_count(x: float, theta: float, m: float, total: float) -> tuple[float, float]:
     """-log prod_{k<x} (theta + k) m / (total (k + 1)) and sum_{k<x} 1 / (theta + k) without the product."""
-    value, digamma = rising(x, theta)
+    value, digamma = _rising(x, theta)
     return math.lgamma(x + 1.0) - value - x * math.log(m / total), digamma
 
 

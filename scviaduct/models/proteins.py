@@ -1,21 +1,15 @@
-"""The proteins of totalVI: what its decoders say of them, the losses of their counts, and counts drawn from the model.
-
-On CPUs the losses and their gradients are one pass (protein_kernels), elsewhere torch's operations.
-"""
+"""The proteins of totalVI: what its decoders say of them, the losses of their counts, and counts drawn from the model."""
 
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from scviaduct.models import protein_kernels as kernels
-from scviaduct.models.counts import use_threads
 from scviaduct.models.draws import negative_binomial
 from scviaduct.models.likelihoods import over_cells
 from scviaduct.models.nets import Gaussian
@@ -82,45 +76,10 @@ def losses(py: Proteins, y: Tensor, seen: Tensor, noise: Tensor) -> ProteinLosse
         seen: (cells, proteins) whether they were measured.
         noise: (cells, proteins) standard normal numbers that draw the background.
     """
-    if py.mixing.device.type == "cpu" and py.mixing.dtype == torch.float32:
-        return ProteinLosses(*_Losses.apply(y, seen, noise, py.exp_std, *py[:-1]))
     mean, std = py.background
     likelihood = torch.where(seen, mixture_nll(y, torch.addcmul(mean, std, noise), py), 0.0).sum(1)
     kl = background_kl(py, seen)
     return ProteinLosses(over_cells(likelihood + kl), likelihood.detach(), kl.detach())
-
-
-class _Losses(torch.autograd.Function):
-    """The kernel fills the gradients along with the losses; backward only scales them."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        y: Tensor,
-        seen: Tensor,
-        noise: Tensor,
-        exp_std: bool,  # noqa: FBT001 (autograd passes by position)
-        *said: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        n, width = y.shape
-        each, gradients = torch.empty(2, n), torch.empty(8, n, width)
-        given = kernels.Seen(y.contiguous().numpy(), seen.contiguous().numpy(), noise.contiguous().numpy(), exp_std)
-        shown = kernels.Said(*(torch.atleast_2d(t.detach()).contiguous().numpy() for t in said))
-        run = kernels.proteins if use_threads(n) == 1 else kernels.proteins_parallel
-        run(shown, given, 1.0 / max(1, n), each.numpy(), gradients.numpy())
-        ctx.save_for_backward(gradients)
-        ctx.shared = said[5].dim() == 1
-        likelihood, kl = each
-        ctx.mark_non_differentiable(likelihood, kl)
-        return each.sum() / max(1, n), likelihood, kl
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        by_said = list((ctx.saved_tensors[0] * grad).unbind())
-        if ctx.shared:
-            by_said[5] = by_said[5].sum(0)
-        return (None, None, None, None, *by_said)
 
 
 def background_kl(py: Proteins, seen: Tensor) -> Tensor:
