@@ -94,19 +94,21 @@ def background_kl(py: Proteins, seen: Tensor) -> Tensor:
 def mixture_nll(y: Tensor, log_background: Tensor, py: Proteins) -> Tensor:
     """(cells, proteins) -log of the mixture of two negative binomials with one dispersion.
 
-    log(pi NB1 + (1 - pi) NB2) = logsumexp(log NB1, log NB2 - m) - softplus(-m) with m = logit pi.
+    log(pi NB1 + (1 - pi) NB2) = logsumexp(log NB1, log NB2 - m) - softplus(-m) with m = logit pi. In float64: where
+    theta is large its lgammas differ by less than float32 holds (at theta 1e6 and 3 counts the loss was 1.43, not 2.10).
     """
-    mu1 = torch.exp(py.log_efficiency + log_background)
-    mu2 = mu1 * py.foreground
-    phi = torch.exp(py.log_phi)
-    shared = torch.lgamma(y + phi) - torch.lgamma(phi) - torch.lgamma(y + 1)
+    counts, mixing = y.double(), py.mixing.double()
+    mu1 = torch.exp(py.log_efficiency.double() + log_background.double())
+    mu2 = mu1 * py.foreground.double()
+    phi = torch.exp(py.log_phi.double())
+    shared = torch.lgamma(counts + phi) - torch.lgamma(phi) - torch.lgamma(counts + 1)
     both = [
         phi * (torch.log(phi + _EPS) - torch.log(phi + mu + _EPS))
-        + y * (torch.log(mu + _EPS) - torch.log(phi + mu + _EPS))
+        + counts * (torch.log(mu + _EPS) - torch.log(phi + mu + _EPS))
         for mu in (mu1, mu2)
     ]
-    mixed = torch.logsumexp(torch.stack([both[0], both[1] - py.mixing]), 0)
-    return -(shared + mixed - F.softplus(-py.mixing))
+    mixed = torch.logsumexp(torch.stack([both[0], both[1] - mixing]), 0)
+    return -(shared + mixed - F.softplus(-mixing)).to(y.dtype)
 
 
 def drawn(background: Tensor, py: Proteins, noise: Noise) -> Tensor:
