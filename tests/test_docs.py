@@ -130,8 +130,7 @@ def test_files_in_the_readme_s_layout_exist():
 
 def test_every_decision_says_context_decision_and_consequence():
     decisions = sorted((ROOT / "docs" / "decisions").glob("*.md"))
-    numbers = [re.match(r"\d{4}-", path.name)[0] for path in decisions]
-    assert len(set(numbers)) == len(decisions)
-    for path in decisions:
+    for number, path in enumerate(decisions, 1):
+        assert path.name.startswith(f"{number:04d}-")
         parts = re.findall(r"^\*\*(\w+)\.\*\*", path.read_text(), re.MULTILINE)
         assert parts == ["Context", "Decision", "Consequence"]
