@@ -17,7 +17,7 @@ def make_layer(norm="batch", p=0.3, categories=(5,), slope=0.0, inputs=7, width=
     batch_norm, layer_norm = NORMS[norm]
     hidden = Hidden(
         n_hidden=width, n_layers=1, dropout_rate=p, batch_norm=batch_norm, layer_norm=layer_norm,
-        n_categories=categories, deep=True, negative_slope=slope,
+        n_categories=categories, deep=True, labels=True, negative_slope=slope,
     )  # fmt: skip
     layer = HiddenLayer(CategoricalLinear(inputs, width, categories), hidden)
     if batch_norm:

@@ -150,7 +150,7 @@ def _step(x: torch.Tensor, upstream: torch.Tensor) -> dict[str, torch.Tensor]:
 
 def _layer_step(x: torch.Tensor, upstream: torch.Tensor) -> dict[str, torch.Tensor]:
     """The same of a hidden layer, whose steps are fused."""
-    hidden = Hidden(n_hidden=4, n_layers=1, dropout_rate=0.0, batch_norm=True, layer_norm=False, n_categories=(2,), deep=True)  # fmt: skip
+    hidden = Hidden(n_hidden=4, n_layers=1, dropout_rate=0.0, batch_norm=True, layer_norm=False, n_categories=(2,), deep=True, labels=True)  # fmt: skip
     torch.manual_seed(0)
     layer, x = HiddenLayer(CategoricalLinear(4, 4, (2,)), hidden), (x.detach() - 30).requires_grad_()
     y = layer(x, [(x.detach()[:, 0] > 0).long()], None)
