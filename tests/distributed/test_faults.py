@@ -287,7 +287,7 @@ def test_a_worker_that_hangs_is_named_by_the_one_that_waits(atlas, config, tmp_p
     told, _ = waits.communicate(timeout=120)
     hangs.kill()
     hangs.communicate()
-    assert "WorkerHangsError: worker 1 hangs in <string>, line 16, in stuck_in_a_read (its stacks: " in told
+    assert "WorkerHangsError: worker 1 hangs in <string>, line 17, in stuck_in_a_read (its stacks: " in told
     assert hanging(made.out / "stacks", 1) == [told.strip().removeprefix("WorkerHangsError: ")]
     assert "stuck_in_a_read" in (made.out / "stacks" / "attempt-0001.rank-0001.txt").read_text()
     assert run_status(made.out).workers == 2 and run_status(made.out).state == "running"
