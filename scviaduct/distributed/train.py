@@ -211,16 +211,19 @@ def clashes(now: Options, started: Options, default: Options, free: set[str]) ->
     return [f"{name}: the run has {then}, now {new}" for name, new, then in given if new != then]
 
 
+def require_view(view: View, digest: str, atlas: str, begun: str) -> None:
+    """Refuse to go on with a view whose content is another than at the start."""
+    if view.digest != digest:
+        raise ConfigError(f"The view {view.name!r} of {atlas} is not the one {begun} was started on.")
+
+
 def _open_run(job: Job, view: View) -> Tracker:
     """Make the run's folder and its MLflow run, or find them again."""
     config, here = job.config, isinstance(job.out, Path)
     tracker = Tracker(config.tracking, job.scratch if here else None)
     if config.resume:
         record = read_json(job.out / "run.json")
-        if record["view_digest"] != view.digest:
-            raise ConfigError(
-                f"The view {config.view!r} of {job.atlas} is not the one the run in {job.out} was started on."
-            )
+        require_view(view, record["view_digest"], job.atlas, f"the run in {job.out}")
         tracker.resume(record["mlflow_run"])
         tracker.history((int(r["epoch"]), r) for r in read_history(job.out))
         return tracker

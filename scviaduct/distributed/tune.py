@@ -24,7 +24,7 @@ from scviaduct.distributed.nodes import require_shared_files
 from scviaduct.distributed.recipe import Recipe, read_recipe, require_options
 from scviaduct.distributed.study import Study
 from scviaduct.distributed.tracking import Tracker, flat
-from scviaduct.distributed.train import FREE_ON_RESUME, checked, clashes
+from scviaduct.distributed.train import FREE_ON_RESUME, checked, clashes, require_view
 from scviaduct.distributed.trialrun import Goal
 from scviaduct.distributed.trials import Trial, folder_of, read_trials, table_of
 from scviaduct.distributed.tuneconfig import TuneConfig
@@ -156,10 +156,7 @@ def _open(atlas: str, view: View, schema: Schema, config: TuneConfig, recipe: Re
     record = {"atlas": atlas, "view_digest": view.digest, "goal": dataclasses.asdict(goal)}
     if config.resume:
         begun = read_json(config.out / "tune.json")
-        if begun["view_digest"] != view.digest:
-            raise ConfigError(
-                f"The view {config.view!r} of {atlas} is not the one the search in {config.out} was started on."
-            )
+        require_view(view, begun["view_digest"], atlas, f"the search in {config.out}")
         tracker.resume(begun["mlflow_run"])
         write_json_atomic(config.out / "tune.json", begun | {"atlas": atlas, "config": config.to_dict()})
         return tracker
