@@ -3,6 +3,7 @@
 import os
 import re
 import shlex
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -81,7 +82,11 @@ def test_python_runs(block, files, tmp_path, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "none")  # a new MLflow database takes seconds
     monkeypatch.setattr("torch.multiprocessing.cpu_count", lambda: 1)  # threads only get in each other's way here
     code = compile("\n" * block.line + block.code, str(block.document), "exec")
-    exec(code, {"__name__": "__main__"})
+    try:
+        exec(code, {"__name__": "__main__"})
+    finally:
+        if mlflow := sys.modules.get("mlflow"):
+            mlflow.set_tracking_uri(None)  # the page on tracking sets one for the whole process
 
 
 @pytest.mark.parametrize("words", COMMANDS)

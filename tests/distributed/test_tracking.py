@@ -156,7 +156,6 @@ def loaded(run, mlflow_database, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MLFLOW_TRACKING_URI", uri)
         patch.setenv("MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "false")
-        mlflow.set_tracking_uri(None)
         yield mlflow.pyfunc.load_model("models:/m@current")
 
 
