@@ -26,9 +26,9 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from scviaduct.errors import DataError
+from scviaduct.models.autograd import graph_is_kept, once_differentiable
 from scviaduct.models.counts import Counts, use_threads
 from scviaduct.models.likelihood_kernels import Nonzeros
 from scviaduct.models.likelihoods import Reconstruction, over_cells
@@ -198,7 +198,7 @@ def _blocks(layer: _Layer, fill: Callable[[int, Tensor], int]) -> int:
 
 
 class _Fused(torch.autograd.Function):
-    """The layer, the loss and all gradients at once; backward only scales them, and gives them away."""
+    """The layer, the loss and all gradients at once; backward only scales them, and gives them away if it is the last."""
 
     @staticmethod
     def forward(
@@ -226,15 +226,20 @@ class _Fused(torch.autograd.Function):
             raise DataError("A batch has cells whose regions are not in increasing order; sort each cell's indices")
         loss, by_depth, by_bias, by_region = out[0].sum(0), out[1].sum(0), out[2], out[3]
         ctx.gradients = [by_h, layer.by_weight, by_bias, by_depth, by_region]
+        ctx.save_for_backward(h)
         ctx.mark_non_differentiable(loss)
         return over_cells(loss), loss
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        gradients, ctx.gradients = ctx.gradients, None  # the optimiser's without a copy, as nobody else holds them
-        if float(grad) != 1.0:
-            gradients = [None if g is None else g.mul_(grad) for g in gradients]
+        ctx.saved_tensors  # noqa: B018 (raises if the graph is gone)
+        if graph_is_kept():
+            gradients = [None if g is None else g * grad for g in ctx.gradients]
+        else:
+            gradients, ctx.gradients = ctx.gradients, None  # the optimiser's without a copy: nobody else holds them
+            if float(grad) != 1.0:
+                gradients = [None if g is None else g.mul_(grad) for g in gradients]
         wanted = ctx.needs_input_grad[2:]
         return (None, None, *(g if wants else None for g, wants in zip(gradients, wanted, strict=True)))
 

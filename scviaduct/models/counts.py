@@ -16,9 +16,9 @@ import numpy as np
 import torch
 from numpy.typing import DTypeLike, NDArray
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from scviaduct.errors import DataError
+from scviaduct.models.autograd import once_differentiable
 from scviaduct.models.likelihood_kernels import Nonzeros
 from scviaduct.models.memory import empty
 from scviaduct.schema import MISSING, Batch, Schema

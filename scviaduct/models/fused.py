@@ -14,9 +14,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from scviaduct.models import layer_kernels as kernels
+from scviaduct.models.autograd import once_differentiable
 from scviaduct.models.counts import use_threads
 from scviaduct.models.memory import empty
 from scviaduct.models.noise import BITS, Kept

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from scviaduct.models import gaussian_kernels as kernels
+from scviaduct.models.autograd import once_differentiable
 from scviaduct.models.memory import empty
 
 

@@ -13,9 +13,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from scviaduct.models import likelihood_kernels as kernels
+from scviaduct.models.autograd import graph_is_kept, once_differentiable
 from scviaduct.models.counts import Counts, use_threads
 
 KINDS = {"nb": kernels.NB, "zinb": kernels.ZINB, "poisson": kernels.POISSON, "normal": kernels.NORMAL}
@@ -93,6 +93,17 @@ def reconstruction(kind: str, counts: Counts, px: Decoded) -> Reconstruction:
     return Reconstruction(mean, loss.detach())
 
 
+def squared_errors(logits: Tensor, x: Tensor) -> Reconstruction:
+    """Sum over genes of (relu(logit) - x)**2, which stands for -log p where values are no counts.
+
+    Args:
+        logits: (cells, genes).
+        x: (cells, genes) values.
+    """
+    errors = ((F.relu(logits) - x) ** 2).sum(1)
+    return Reconstruction(over_cells(errors), errors.detach())
+
+
 def _check_shapes(counts: Counts, px: Decoded) -> None:
     """The kernel reads and writes without asking again."""
     n, g = counts.n_cells, counts.n_genes
@@ -152,7 +163,7 @@ class _Fused(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         by_input = ctx.saved_tensors
-        if float(grad) != 1.0:  # one pass over (cells, genes) saved in the usual case
+        if float(grad) != 1.0 or graph_is_kept():  # one pass over (cells, genes) saved in the usual case
             by_input = [None if g is None else g * grad for g in by_input]
         return (None, None, None, *by_input)
 

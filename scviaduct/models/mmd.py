@@ -22,8 +22,8 @@ import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from scviaduct.models.autograd import once_differentiable
 from scviaduct.models.counts import use_threads
 from scviaduct.models.vectormath import RELAXED, exp
 

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from scviaduct.models.autograd import once_differentiable
 from scviaduct.models.memory import empty
 
 WIDE = 1 << 14

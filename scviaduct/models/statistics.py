@@ -7,7 +7,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from scviaduct.models.autograd import once_differentiable
 
 
 def several_processes() -> bool:

@@ -43,7 +43,7 @@ from scviaduct.errors import ConfigError
 from scviaduct.models.base import COUNTS, GENES, Losses, Model, Quantity, Scores, require, require_range
 from scviaduct.models.counts import Cells, Counts
 from scviaduct.models.draws import draw_counts
-from scviaduct.models.likelihoods import Decoded, Reconstruction, over_cells, reconstruction
+from scviaduct.models.likelihoods import Decoded, Reconstruction, over_cells, reconstruction, squared_errors
 from scviaduct.models.mmd import mmd
 from scviaduct.models.nets import (
     BatchNorm,
@@ -131,6 +131,7 @@ def values(counts: Counts, target_sum: float) -> NDArray[np.float32]:
     if target_sum == 0.0:
         return x.counts
     totals = np.repeat(counts.total.cpu().numpy(), np.diff(x.indptr))
+    totals[totals == 0] = 1.0  # of zeros that are stored
     return np.log1p(x.counts * (np.float32(target_sum) / totals))
 
 
@@ -251,9 +252,7 @@ class TRVAE(Model):
         c = self.config
         if c.recon_loss != "mse":
             return reconstruction(c.recon_loss, cells.counts, self._px(heads, cells))
-        x = cells.counts.scattered(values(cells.counts, c.target_sum))
-        error = ((F.relu(heads["mean"]) - x) ** 2).sum(1)
-        return Reconstruction(over_cells(error), error.detach())
+        return squared_errors(heads["mean"], cells.counts.scattered(values(cells.counts, c.target_sum)))
 
     def forward(self, batch: Batch, kl_weight: float = 1.0, noise: Noise | None = None) -> Losses:
         """The negative ELBO of a batch, plus in training the weighted MMD; "mse" has squared errors for -log p(x | z)."""

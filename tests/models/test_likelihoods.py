@@ -10,7 +10,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from scviaduct.models.counts import Counts, Nonzeros
-from scviaduct.models.likelihoods import KINDS, Decoded, negative_log_likelihood, reconstruction
+from scviaduct.models.likelihoods import KINDS, Decoded, negative_log_likelihood, reconstruction, squared_errors
 
 EPS = 1e-8
 CPU = torch.device("cpu")
@@ -171,6 +171,36 @@ def test_extreme_normal(x, px_r, logits, softplus):
         if a is not None:
             assert torch.isfinite(a).all()
             np.testing.assert_allclose(a.numpy(), b.numpy(), rtol=1e-3, atol=1e-4 + 3e-6 * units**2)
+
+
+@given(
+    x=st.lists(sizes, min_size=6, max_size=6),
+    logits=st.lists(st.sampled_from([-1e6, -60.0, 0.0, 1e-6, 3.0, 1e4, 1e6]), min_size=6, max_size=6),
+)
+@example(x=[0] * 6, logits=[-60.0] * 6)
+@example(x=[1e6] * 6, logits=[-1e6] * 6)
+@example(x=[1e6] * 6, logits=[1e6] * 6)
+def test_extreme_squared_errors(x, logits):
+    """Logits at 0 are on the kink of ReLU, where autograd has 0; ours must agree with it."""
+    values, logits = torch.tensor([x, x[::-1], [0.0] * 6]), torch.tensor([logits] * 3)
+    leaf, wide = logits.clone().requires_grad_(), logits.double().requires_grad_()
+    out = squared_errors(leaf, values)
+    expected = ((torch.relu(wide) - values.double()) ** 2).sum(1)
+    out.mean.backward(), expected.mean().backward()
+    np.testing.assert_allclose(out.per_cell.numpy(), expected.detach().numpy(), rtol=1e-6)
+    np.testing.assert_allclose(float(out.mean.detach()), float(expected.detach().mean()), rtol=1e-6)
+    np.testing.assert_allclose(leaf.grad.numpy(), wide.grad.numpy(), rtol=1e-6)
+
+
+def test_a_normal_of_a_cell_without_counts():
+    """Its library is -inf: the mean is 0, and nothing is NaN."""
+    x = np.zeros((2, 5), np.float32)
+    px = decoded("normal", np.random.default_rng(0), 2, 5, "gene", False, library=torch.full((2,), -torch.inf))
+    out, grads = fused("normal", x, px)
+    expected = (px.px_r.double() + 0.5 * math.log(2 * math.pi)).sum()
+    assert float(out.mean.detach()) == pytest.approx(float(expected), rel=1e-5)
+    np.testing.assert_allclose(grads[2].numpy(), np.ones(5), rtol=1e-6)
+    assert float(grads[0].abs().max()) == float(grads[1].abs().max()) == 0.0
 
 
 @pytest.mark.parametrize("px_r", [-300.0, -100.0, 90.0, 300.0])
