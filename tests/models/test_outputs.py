@@ -66,6 +66,7 @@ def widths(pair):
     return [pair.ours.config.n_latent, 1] if pair.ours.models_library else [pair.ours.config.n_latent]
 
 
+@pytest.mark.parity("outputs")
 @pytest.mark.parametrize("at_mean", [True, False])
 def test_normalised_expression_in_any_batch(pair, at_mean):
     """get_normalized_expression is px.scale, or px.mu for the latent library size, with another batch's code."""
@@ -81,6 +82,7 @@ def test_normalised_expression_in_any_batch(pair, at_mean):
     close(pair.ours.decoded(pair.batch, latent, noise, transform_batch=2), mu[:, [3, 0]])
 
 
+@pytest.mark.parity("outputs")
 def test_scores(pair):
     """ELBO and reconstruction error of each cell, and the weight whose mean is the marginal likelihood."""
     draws = [torch.randn(24, w) for w in widths(pair)]
@@ -125,6 +127,7 @@ def total(request, modules, make_schema, make_batch, dense, monkeypatch):
     return paired(ours, theirs, add_proteins(make_batch(schema), schema), dense, monkeypatch)
 
 
+@pytest.mark.parity("outputs")
 def test_denoised_proteins_and_their_foreground(total):
     z, library, background = (torch.randn(24, w) for w in (20, 1, N_PROTEINS))
     draw_by_hand(total)[:] = [z.clone(), library, background.clone()]
@@ -143,6 +146,7 @@ def test_denoised_proteins_and_their_foreground(total):
     close(ours("proteins", include_background=True, features=(4, 1)), both[:, [4, 1]])
 
 
+@pytest.mark.parity("outputs")
 def test_totalvi_scores(total):
     z, library, background = (torch.randn(24, w) for w in (20, 1, N_PROTEINS))
     draw_by_hand(total)[:] = [z.clone(), library, background.clone()]

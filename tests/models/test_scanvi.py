@@ -15,6 +15,7 @@ from scviaduct.models.upstream import load_upstream
 from scviaduct.storage.loader import cut
 from tests.models.test_parity import (
     Given,
+    assert_same_gradients,
     assert_same_weights,
     close,
     draw_by_hand,
@@ -90,6 +91,7 @@ def both_losses(pair, step=0):
     return pair.ours(pair.batch, kl_weight=KL_WEIGHT, noise=Given(z, *modelled, z2)), theirs
 
 
+@pytest.mark.parity("loss")
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
 def test_loss_and_its_parts(pair, training):
     pair.theirs.train(training), pair.ours.train(training)
@@ -100,7 +102,13 @@ def test_loss_and_its_parts(pair, training):
     close(ours.extra["classification"] / (50.0 * pair.batch.n_cells), theirs.classification_loss)
 
 
-def test_gradients_and_twenty_steps_of_adam(pair):
+@pytest.mark.parity("gradients")
+def test_gradients(pair):
+    assert_same_gradients(pair, load_upstream, both_losses)
+
+
+@pytest.mark.parity("20 steps")
+def test_twenty_steps_of_adam(pair):
     ours, theirs = take_twenty_steps(pair, both_losses)
     close(ours.loss, theirs.loss)
     # theirs sends the labelled cells through the encoder once more, so its running averages move twice a step
@@ -109,8 +117,12 @@ def test_gradients_and_twenty_steps_of_adam(pair):
     )
 
 
+@pytest.mark.parity("outputs")
 def test_prediction(pair):
     pair.theirs.eval()
+    qz = pair.theirs.inference(**pair.theirs._get_inference_input(pair.tensors))["qz"]
+    close(pair.ours.encode(pair.batch).mean, qz.loc)
+    close(pair.ours.encode(pair.batch).std, qz.scale)
     theirs = pair.theirs.classify(
         pair.tensors["X"],
         batch_index=pair.tensors["batch"],
@@ -166,6 +178,7 @@ def test_labels_are_needed(make_schema, model):
         model.set_labelled_share(0.0)
 
 
+@pytest.mark.parity("loss")
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
 def test_a_labelled_batch_is_classified_as_scvi_tools_does(pair, make_batch, dense, training):
     """Other cells than those of the batch, a quarter as many, and its share of the loss is a mean over them."""
