@@ -77,6 +77,11 @@ def test_importing_the_package_is_light():
     assert not loaded_by("import scviaduct; dir(scviaduct)") & HEAVY
 
 
+def test_a_worker_does_not_pay_for_what_the_driver_needs():
+    unused = {"matplotlib", "mlflow", "anndata", "scanpy", "zarr", "dask", "h5py"}
+    assert not loaded_by("from scviaduct.distributed.train import train") & unused
+
+
 @pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["map", "--help"], ["--version"]], ids=" ".join)
 def test_help_is_light(arguments):
     code = f"import sys; sys.argv = ['scviaduct', *{arguments!r}]\nfrom scviaduct.jobs.__main__ import main\ntry: main()\nexcept SystemExit as e: assert not e.code"

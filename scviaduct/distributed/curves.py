@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from matplotlib.figure import Figure
-
 _PANELS = ("elbo", "reconstruction", "kl")
 
 
 def draw_losses(history: Sequence[Mapping[str, float]], out: Path) -> Path:
     """Draw elbo, reconstruction and KL (nats a cell) of the training and held-out cells into `out` (PNG)."""
+    from matplotlib.figure import Figure  # half a second, which workers need not spend
+
     figure = Figure(figsize=(12, 3.6), layout="constrained")
     epochs = [record["epoch"] + 1 for record in history]
     for panel, name in zip(figure.subplots(1, len(_PANELS)), _PANELS, strict=True):

@@ -12,12 +12,13 @@ import scviaduct
 from scviaduct.distributed.registered import Found
 from scviaduct.distributed.tracking import Data, Tracker
 from scviaduct.schema import Schema
-from scviaduct.storage.atlas import Atlas
 from scviaduct.storage.view import View
 
 
 def data_of(view: View) -> Iterator[Data]:
     """The view, and the source files whose cells are in it."""
+    from scviaduct.storage.atlas import Atlas  # only the driver tells: workers need neither anndata nor dask
+
     atlas, made_of = Atlas.open(view.atlas_path), view.manifest["datasets"]
     where = str(view.atlas_path)
     sources = [info for info in atlas.datasets if info.id in made_of]

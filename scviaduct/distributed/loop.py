@@ -54,7 +54,7 @@ def fit(
     """
     workers, hooks = workers or Workers.current(), hooks or Hooks()  # [1] which of how many processes this is
     plan = config.plan(model.training_plan, source.n_rows)
-    train, held_out = samplers(model, source, config, workers)
+    train, held_out = samplers(model, source, config, plan.batch_size, workers)
     optimizer = optimizer_of(model, plan)
     progress = _restored(hooks, model, optimizer, workers)
     net = workers.wrap(model, deterministic=config.deterministic)  # [2] backward averages gradients over the workers
@@ -118,12 +118,13 @@ def labelled(model: Model, source: BlockSource, train: Sampler) -> LabelledPlan 
     return LabelledPlan(main=train, codes=codes, n_samples_per_label=wanted.n_samples_per_label)
 
 
-def samplers(model: Model, source: BlockSource, config: FitConfig, workers: Workers) -> tuple[Sampler, Sampler | None]:
+def samplers(
+    model: Model, source: BlockSource, config: FitConfig, batch_size: int, workers: Workers
+) -> tuple[Sampler, Sampler | None]:
     """The plan of the training cells and of the held-out ones, refusing sizes that cannot work together."""
     _require_parts(model, config)
     if source.n_rows < 4 * workers.world_size:
         raise ConfigError(f"{source.n_rows} cells are too few for {workers.world_size} workers; use --workers 1.")
-    batch_size = config.plan(model.plan, source.n_rows).batch_size
     lane, most = -(-batch_size // config.n_lanes), config.max_cells_per_pass
     if config.deterministic and most and most < lane:
         raise ConfigError(

@@ -126,7 +126,7 @@ def checked(atlas: Place, config: TrainConfig) -> tuple[Job, View]:
     model = kind(schema, options)
     plan = config.fit.plan(model.training_plan, view.n_rows, refines=start is not None)
     config = dataclasses.replace(config, fit=config.fit.decided(plan))
-    samplers(model, view.source(schema), config.fit, Workers(0, config.most_workers))
+    samplers(model, view.source(schema), config.fit, plan.batch_size, Workers(0, config.most_workers))
     if start:
         start_from(model, start)
     return Job(str(atlas), config, schema, asdict(options)), view
@@ -156,8 +156,8 @@ def work(job: Job, on_epoch: OnEpoch = lambda record: None) -> None:
     config, workers = job.config, Workers.current()
     source = View.open(job.atlas, config.view).source(job.schema)
     kind = model_class(config.model)
-    batch_size = config.fit.plan(kind.plan, source.n_rows).batch_size
-    torch.set_num_threads(config.fit.threads_for(batch_size, workers.world_size, torch.multiprocessing.cpu_count()))
+    cells = config.fit.batch_size or 1  # a number, since `checked`
+    torch.set_num_threads(config.fit.threads_for(cells, workers.world_size, torch.multiprocessing.cpu_count()))
     use_precision(config.fit.precision)
     torch.manual_seed(config.fit.seed)
     model = kind(job.schema, kind.Config(**job.model_options)).to(device())

@@ -18,7 +18,7 @@ from scviaduct.schema import MISSING
 from scviaduct.storage.arrays import open_array, open_group
 from scviaduct.storage.columns import DATASET, Column, Tally
 from scviaduct.storage.manifest import ATLAS_MARKER, DATASET_MARKER, VIEW_MARKER, file_digest, read_json
-from scviaduct.storage.proteins import Panels
+from scviaduct.storage.panels import Panels
 from scviaduct.storage.recount import VALUES, Recount, intact
 from scviaduct.storage.report import Finding, Part
 from scviaduct.storage.view import PROTEINS, array_name

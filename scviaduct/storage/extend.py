@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from scviaduct.errors import IncompleteError
 from scviaduct.schema import MISSING
 from scviaduct.storage.columns import Column
-from scviaduct.storage.proteins import Panels
+from scviaduct.storage.panels import Panels
 from scviaduct.storage.shards import Arrays, Slice
 from scviaduct.storage.shuffle import RANGES, key_ranges, shuffle_keys
 from scviaduct.storage.spill import Totals, facts_dtype, record_dtype

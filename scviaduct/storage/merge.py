@@ -23,7 +23,7 @@ from scviaduct.errors import IncompleteError
 from scviaduct.storage.arrays import Codec, encode_shard, make_array, make_group, write_parts
 from scviaduct.storage.columns import Column, Tally
 from scviaduct.storage.memory import Allocate, Recycled
-from scviaduct.storage.proteins import Panels
+from scviaduct.storage.panels import Panels
 from scviaduct.storage.shuffle import RANGES, gather
 from scviaduct.storage.spill import Cells, Totals, index_dtype
 from scviaduct.storage.tasks import cores, in_order

@@ -22,7 +22,8 @@ from scviaduct.storage.columns import Column, view_columns
 from scviaduct.storage.extend import holds_all
 from scviaduct.storage.hvg import batches, gene_columns, highly_variable_genes
 from scviaduct.storage.manifest import DATASET_MARKER, file_digest, read_json, sync_tree, write_json_atomic
-from scviaduct.storage.proteins import Panels, find_panels
+from scviaduct.storage.panels import Panels
+from scviaduct.storage.proteins import find_panels
 from scviaduct.storage.qc import Filters, Kept, kept_cells
 from scviaduct.storage.scan import Rows
 from scviaduct.storage.spill import Task, write_facts

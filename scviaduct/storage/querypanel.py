@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 from scviaduct.errors import DataError
 from scviaduct.schema import Schema
 from scviaduct.storage.h5ad import CountsFile
-from scviaduct.storage.proteins import Measured, ProteinCounts, tell_silent
+from scviaduct.storage.panels import Measured, tell_silent
+from scviaduct.storage.proteins import ProteinCounts
 
 NONE = "none"
 """Instead of an element's name: map by RNA alone."""

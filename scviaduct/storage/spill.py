@@ -22,7 +22,8 @@ from scviaduct.storage.atlas import Atlas
 from scviaduct.storage.columns import DATASET, OBS_DATASET, Column
 from scviaduct.storage.genes import pick
 from scviaduct.storage.memory import Recycled
-from scviaduct.storage.proteins import Panels
+from scviaduct.storage.panels import Panels
+from scviaduct.storage.proteins import panel_rows
 from scviaduct.storage.scan import Rows
 from scviaduct.storage.shuffle import RANGES, gather, key_ranges, shuffle_keys, sort_genes
 
@@ -97,7 +98,7 @@ def write_facts(
     """Write what is to know of a data set's cells besides their counts, once, so that a task reads only its part."""
     frame, dtype = atlas.obs(dataset_id), facts_dtype(columns, panels)
     obs = {f"obs{i}": _encoded(column, frame, dataset_id) for i, column in enumerate(columns)}
-    pieces = panels.rows(atlas, dataset_id, len(frame)) if panels else [(slice(0, len(frame)), None)]
+    pieces = panel_rows(panels, atlas, dataset_id, len(frame)) if panels else [(slice(0, len(frame)), None)]
     with path.open("wb") as file:
         _header(file, len(frame), dtype)
         for cells, proteins in pieces:

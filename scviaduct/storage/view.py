@@ -12,12 +12,11 @@ from numpy.typing import NDArray
 
 from scviaduct.errors import DataError, IncompleteError, MissingColumnError, nearest
 from scviaduct.schema import MISSING, Batch, Covariate, Schema
-from scviaduct.storage.atlas import Atlas
 from scviaduct.storage.columns import DATASET
 from scviaduct.storage.manifest import VIEW_MARKER, read_json, tree_digest
 from scviaduct.storage.memory import Recycled
+from scviaduct.storage.panels import Measured, Panels, tell_silent
 from scviaduct.storage.places import Place, exists, file_sizes, place
-from scviaduct.storage.proteins import Measured, Panels, tell_silent
 from scviaduct.storage.shards import Arrays, Slice
 from scviaduct.storage.tasks import cores
 
@@ -63,6 +62,8 @@ class View:
         path = atlas_path / "views" / name
         if not exists(path / VIEW_MARKER):
             if not (atlas_path / "views").exists():
+                from scviaduct.storage.atlas import Atlas  # readers of a view need neither anndata nor dask
+
                 Atlas.open(atlas_path)  # tells what is there when it is no atlas at all
             made = sorted(p.parent.name for p in atlas_path.glob(f"views/[!.]*/{VIEW_MARKER}"))
             there = "was not finished" if path.exists() else f"does not exist ({nearest(name, made)})"
@@ -217,6 +218,8 @@ class View:
     def _refuse_missing(self, key: str, record: dict[str, Any]) -> None:
         if not record["missing"]:
             return
+        from scviaduct.storage.atlas import Atlas
+
         dataset, row = record["missing_example"]
         id_ = self.manifest["columns"]["dataset"]["categories"][dataset]
         cell = Atlas.open(self.atlas_path).obs(id_).index[row]

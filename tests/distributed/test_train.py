@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -138,6 +139,17 @@ def test_resuming_with_other_options_is_refused(atlas, config, tmp_path):
         train(atlas, config(out, resume=True, max_epochs=1, batch_key="sample"))
     with pytest.raises(ConfigError, match=r"options: lr: the run has 0\.003, now 0\.1\.$"):
         train(atlas, config(out, resume=True, max_epochs=1, lr=0.1))
+
+
+def test_a_view_that_changed_meanwhile_is_refused(atlas, config, tmp_path):
+    out = tmp_path / "run"
+    out.mkdir()
+    record = {"config": config(out).to_dict(), "view_digest": "another", "mlflow_run": None}
+    (out / "run.json").write_text(json.dumps(record))
+    told = f"The view 'default' of {atlas} is not the one the run in {out} was started on."
+    with pytest.raises(ConfigError, match=re.escape(told)):
+        train(atlas, config(out, resume=True))
+    assert [p.name for p in out.iterdir()] == ["run.json"]
 
 
 @pytest.mark.parametrize(

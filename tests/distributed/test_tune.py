@@ -1,6 +1,7 @@
 """Searches: what a recipe may say, what is suggested, one real search with every kind of end, and one that is killed."""
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -245,6 +246,17 @@ def settled(out, atlas, config, params):
     settings = {"config": config.to_dict(), "atlas": str(atlas), "goal": {"curve": "elbo_validation", "scib": False}}
     (out / "tune.json").write_text(json.dumps(settings))
     Trial(0, params).save(out)
+
+
+def test_a_view_that_changed_meanwhile_is_refused(atlas, search, tmp_path):
+    config, out = search("n_latent = [4, 5]"), tmp_path / "search"
+    settled(out, atlas, config, {"n_latent": 4})
+    (out / "search.toml").write_text(config.search.read_text())
+    begun = json.loads((out / "tune.json").read_text())
+    (out / "tune.json").write_text(json.dumps(begun | {"view_digest": "another", "mlflow_run": None}))
+    told = f"The view 'default' of {atlas} is not the one the search in {out} was started on."
+    with pytest.raises(ConfigError, match=re.escape(told)):
+        tune(atlas, TuneConfig(out=out, resume=True, tracking=NO_TRACKING))
 
 
 def test_a_trial_goes_on_from_its_checkpoint_and_tells_its_epochs_again(atlas, search, tmp_path):
