@@ -43,6 +43,7 @@ from scviaduct.storage.places import local
 from scviaduct.storage.query import Query, read_query
 from scviaduct.storage.query_labels import with_labels
 from scviaduct.storage.results import write_result
+from scviaduct.storage.tasks import cores
 
 log = logging.getLogger(__name__)
 
@@ -94,17 +95,19 @@ class Reference:
 
     facts: dict[str, Any]
     weights: dict[str, NDArray[Any]]
-    latent: NDArray[np.float32] | None
-    labels: NDArray[np.integer[Any]] | None
+    neighbours: Neighbours | None
+    """Its labelled cells; None without labels, or without cells."""
     made_of: Mapping[str, str] = field(default_factory=dict)
     """What every result says of its model and run."""
 
     @classmethod
-    def of(cls, bundle: Bundle, made_of: Mapping[str, str]) -> Reference:
+    def of(cls, bundle: Bundle, made_of: Mapping[str, str], n_neighbors: int) -> Reference:
         """Read a bundle."""
         weights = {name: tensor.numpy() for name, tensor in bundle.weights().items()}
-        latent = bundle.latent()
-        return cls(bundle.facts, weights, None if latent is None else np.asarray(latent), bundle.labels(), made_of)
+        latent, labels = bundle.latent(), bundle.labels()
+        if bundle.schema.labels is None or latent is None or labels is None:
+            return cls(bundle.facts, weights, None, made_of)
+        return cls(bundle.facts, weights, Neighbours(latent, labels, n_neighbors), made_of)
 
     def model(self) -> Model:
         """A model of its own."""
@@ -138,7 +141,8 @@ def map(
         tracker.start(f"map {config.out.name}", flat(options) | {"queries": len(paths)}, tags)
         with tracker.closing():
             results = []
-            for result in _results(Reference.of(found.bundle, record_of_result(tags, tracker)), paths, config):
+            reference = Reference.of(found.bundle, record_of_result(tags, tracker), config.n_neighbors)
+            for result in _results(reference, paths, config):
                 results.append(result)
                 _track(result, paths, tracker)
                 on_result(result)
@@ -243,7 +247,8 @@ def _map_one(reference: Reference, path: Path, config: MapConfig) -> Mapped:
     tell_data(adapted, source)
     history = fit(adapted, source, config.fit).history if adapted.query_parameters() else []
     latent = embedded(adapted, source)
-    labelled = _transfer(reference, model, latent, config)
+    threads = config.fit.threads or max(1, cores() // config.workers)
+    labelled = reference.neighbours.transfer(latent, threads) if reference.neighbours else None
     columns = _columns(model, query, latent, labelled, config)
     if isinstance(adapted, SCANVI):
         columns["obs"] |= _classified(adapted, query, source)
@@ -280,12 +285,6 @@ def _labelled(query: Query, model: Model, config: MapConfig) -> tuple[Query, str
     if config.labels_key is None:
         return query, ""
     return with_labels(query, model.schema.labels, config.labels_key, model.schema.unlabeled_category)
-
-
-def _transfer(reference: Reference, model: Model, latent: NDArray[np.float32], config: MapConfig) -> Transferred | None:
-    if model.schema.labels is None or reference.latent is None or reference.labels is None:
-        return None
-    return Neighbours(reference.latent, reference.labels, config.n_neighbors).transfer(latent)
 
 
 def _columns(

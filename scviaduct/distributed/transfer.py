@@ -10,14 +10,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import faiss
 import numpy as np
 from numpy.typing import NDArray
 
+from scviaduct.distributed.nearest import Nearest
 from scviaduct.errors import ConfigError
 from scviaduct.schema import MISSING
 
-_CHUNK = 4096  # queries at a time: 4,096 x 50 neighbours x 30 dimensions of float64 are 50 MB
+_SEARCHED = 1 << 16  # query cells at a time: 50 neighbours of each are 50 MB, and cells that lie close together many
+_VOTED = 4096  # query cells at a time: their weights for 500 labels are 16 MB
 
 
 @dataclass(frozen=True)
@@ -37,10 +38,11 @@ class Transferred:
 
 
 class Neighbours:
-    """Exact nearest neighbours among labelled reference latents, (cells, n_latent) and (cells,) codes.
+    """The labelled cells of a reference, of (cells, n_latent) latents and (cells,) codes, as voters.
 
     Raises:
         ConfigError: no reference cell has a label.
+        DataError: a latent is not a number.
     """
 
     def __init__(self, latent: NDArray[np.float32], labels: NDArray[np.integer[Any]], n_neighbors: int = 50) -> None:
@@ -49,40 +51,35 @@ class Neighbours:
             raise ConfigError(
                 "No reference cell has a label, so none can be transferred; train with another --labels-key."
             )
-        self._latent = np.ascontiguousarray(latent[known], np.float32)
-        self._labels = np.asarray(labels[known], np.int64)
+        self._cells, self._labels = Nearest(latent, known), labels
+        self.n_labels = int(labels.max()) + 1
         self.n_neighbors = min(n_neighbors, len(known))
-        self._index = faiss.IndexFlatL2(self._latent.shape[1])
-        self._index.add(self._latent)
 
-    def search(self, latent: NDArray[np.float32]) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+    def search(self, latent: NDArray[np.float32], threads: int = 1) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
         """Euclidean distances and reference rows, (cells, n_neighbors) each, nearest first."""
-        latent = np.ascontiguousarray(latent, np.float32)
-        _, rows = self._index.search(latent, self.n_neighbors)
-        # FAISS computes |x|²+|y|²-2xy in float32: right neighbours, but distances near 0 lose their digits
-        gaps = latent[:, None, :].astype(np.float64) - self._latent[rows]
-        return np.sqrt((gaps**2).sum(-1)), rows
+        return self._cells.search(latent, self.n_neighbors, threads)
 
-    def transfer(self, latent: NDArray[np.float32]) -> Transferred:
-        """The label of each query cell, (cells, n_latent) latents in."""
-        parts = [self._vote(latent[start : start + _CHUNK]) for start in range(0, len(latent), _CHUNK)]
-        codes, shares = zip(*parts, strict=True) if parts else ([np.zeros(0, np.int64)], [np.zeros(0)])
-        # weights of unanimous neighbours sum to 1 up to rounding, never to more than 1 here
-        uncertainty = np.clip(1 - np.concatenate(shares), 0, 1).astype(np.float32)
-        return Transferred(np.concatenate(codes), uncertainty)
-
-    def _vote(self, latent: NDArray[np.float32]) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-        share = self.shares(latent)
-        winner = share.argmax(1)  # ties go to the first category, as in scArches
-        return winner, share[np.arange(len(share)), winner]
+    def transfer(self, latent: NDArray[np.float32], threads: int = 1) -> Transferred:
+        """The label of each query cell, (cells, n_latent) latents in; the same for any number of threads."""
+        codes, uncertainty = np.zeros(len(latent), np.int64), np.zeros(len(latent), np.float32)
+        for start in range(0, len(latent), _SEARCHED):
+            distances, rows = self.search(latent[start : start + _SEARCHED], threads)
+            for first in range(0, len(rows), _VOTED):
+                some = slice(first, first + _VOTED)
+                share = self._shares(distances[some], rows[some])
+                out = slice(start + first, start + first + len(share))
+                codes[out] = share.argmax(1)  # ties go to the first category, as in scArches
+                # weights of unanimous neighbours sum to 1 up to rounding, never to more than 1 here
+                uncertainty[out] = np.clip(1 - share.max(1), 0, 1)
+        return Transferred(codes, uncertainty)
 
     def shares(self, latent: NDArray[np.float32]) -> NDArray[np.float64]:
         """Weight of every label, (cells, labels); rows sum to 1."""
-        distances, rows = self.search(latent)
-        weights = kernel(distances)
-        labels = self._labels[rows]
-        share = np.zeros((len(latent), int(self._labels.max()) + 1))
-        np.add.at(share, (np.arange(len(latent))[:, None], labels), weights)
+        return self._shares(*self.search(latent))
+
+    def _shares(self, distances: NDArray[np.float64], rows: NDArray[np.int64]) -> NDArray[np.float64]:
+        share = np.zeros((len(rows), self.n_labels))
+        np.add.at(share, (np.arange(len(rows))[:, None], self._labels[rows]), kernel(distances))
         return share
 
 

@@ -1,0 +1,144 @@
+import pickle
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.spatial.distance import cdist
+
+from scviaduct.distributed.nearest import Nearest
+from scviaduct.distributed.transfer import Neighbours
+from scviaduct.errors import DataError
+
+
+def everyone(latent):
+    return Nearest(latent, np.arange(len(latent)))
+
+
+def by_force(reference, query, k):
+    """Distances of all pairs in float64, and of equal ones the first rows first."""
+    distances = np.sqrt(((query[:, None].astype(np.float64) - reference[None].astype(np.float64)) ** 2).sum(-1))
+    rows = np.argsort(distances, axis=1, kind="stable")[:, :k]
+    return np.take_along_axis(distances, rows, 1), rows
+
+
+def clustered(rng, n, d, spread=0.1, kinds=7):
+    centers = rng.normal(size=(kinds, d))
+    return (centers[rng.integers(0, kinds, n)] + spread * rng.normal(size=(n, d))).astype(np.float32)
+
+
+@settings(deadline=None)
+@given(
+    n=st.integers(1, 700),
+    q=st.integers(0, 150),
+    d=st.integers(1, 34),
+    k=st.integers(1, 60),
+    spread=st.sampled_from([0.0, 0.05, 1.0]),
+    grid=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_equal_to_all_pairs(n, q, d, k, spread, grid, seed):
+    rng = np.random.default_rng(seed)
+    cells = clustered(rng, n + q, d, spread)
+    if grid:  # few different values: many pairs are exactly as far apart as others
+        cells = np.round(cells)
+    reference, query, k = cells[:n], cells[n:], min(k, n)
+    distances, rows = everyone(reference).search(query, k)
+    want, want_rows = by_force(reference, query, k)
+    np.testing.assert_allclose(distances, want, rtol=1e-12)
+    if grid:
+        np.testing.assert_array_equal(rows, want_rows)
+    else:  # sums in another order: rows may change places where distances are equal up to rounding
+        gaps = np.linalg.norm(query[:, None].astype(np.float64) - reference[rows], axis=-1)
+        np.testing.assert_allclose(gaps, want, rtol=1e-12)
+        assert all(len(set(row)) == k for row in rows)
+
+
+def test_only_the_rows_that_are_given_are_found():
+    rng = np.random.default_rng(0)
+    latent, some = rng.normal(size=(2000, 5)).astype(np.float32), np.flatnonzero(rng.random(2000) < 0.3)
+    latent[np.setdiff1d(np.arange(2000), some)] = np.nan
+    query = rng.normal(size=(50, 5)).astype(np.float32)
+    distances, rows = Nearest(latent, some).search(query, 9)
+    want, want_rows = by_force(latent[some], query, 9)
+    np.testing.assert_array_equal(rows, some[want_rows])
+    np.testing.assert_allclose(distances, want, rtol=1e-12)
+
+
+def test_neighbours_do_not_depend_on_threads_company_or_order():
+    rng = np.random.default_rng(1)
+    cells = np.round(clustered(rng, 6000, 10, 0.5), 1)  # with ties
+    reference, query = cells[:5000], cells[5000:]
+    one = everyone(reference).search(query, 20)
+    for threads in (2, 5):
+        for a, b in zip(one, everyone(reference).search(query, 20, threads), strict=True):
+            np.testing.assert_array_equal(a, b)
+    alone = [everyone(reference).search(query[i : i + 1], 20) for i in (0, 17, 999)]
+    for i, (distances, rows) in zip((0, 17, 999), alone, strict=True):
+        np.testing.assert_array_equal(distances[0], one[0][i])
+        np.testing.assert_array_equal(rows[0], one[1][i])
+    turned = rng.permutation(1000)
+    for a, b in zip(one, everyone(reference).search(query[turned], 20), strict=True):
+        np.testing.assert_array_equal(a[turned], b)
+
+
+def test_a_neighbour_that_float32_puts_beyond_the_last_is_found():
+    # squared distances 1 + i * 1e-9: all the same in float32; the first in float64 comes last in the reference
+    i = np.arange(8, dtype=np.float64)[::-1]
+    small = np.sqrt((i + 1) * 1e-9).astype(np.float32)
+    reference = np.stack([np.ones(8, np.float32), small], axis=1)
+    assert len(set((reference**2).sum(1))) == 1
+    _, rows = everyone(reference).search(np.zeros((1, 2), np.float32), 2)
+    np.testing.assert_array_equal(rows, [[7, 6]])
+
+
+@pytest.mark.parametrize("n", [1, 127, 128, 129, 1000])
+def test_cells_that_are_all_the_same(n):
+    reference = np.full((n, 3), 0.25, np.float32)
+    k = min(n, 40)
+    distances, rows = everyone(reference).search(reference[:70], k)
+    assert (distances == 0).all()
+    np.testing.assert_array_equal(rows, np.tile(np.arange(k), (len(distances), 1)))
+
+
+def test_far_off_queries_have_their_nearest_cells():
+    rng = np.random.default_rng(2)
+    reference = rng.normal(size=(1000, 6)).astype(np.float32)
+    query = rng.normal(size=(40, 6)).astype(np.float32) + np.float32(300)
+    distances, rows = everyone(reference).search(query, 10)
+    want, _ = by_force(reference, query, 10)
+    np.testing.assert_allclose(distances, want, rtol=3e-7)  # 8 spare ones may be too few: float32 does not tell them
+    np.testing.assert_allclose(np.take_along_axis(cdist(query, reference), rows, 1), distances, rtol=1e-12)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, 1e16])
+def test_latents_that_are_no_numbers_are_refused(bad):
+    good = np.zeros((200, 2), np.float32)
+    wrong = good.copy()
+    wrong[150, 1] = bad
+    with pytest.raises(DataError, match="cell 150 of the reference"):
+        everyone(wrong)
+    with pytest.raises(DataError, match="cell 150 of the query"):
+        everyone(good).search(wrong, 1)
+    Neighbours(wrong, np.where(np.arange(200) == 150, -1, 0)).transfer(good)  # unlabelled cells are nobody's neighbours
+
+
+def test_another_process_finds_the_same():
+    rng = np.random.default_rng(3)
+    cells = clustered(rng, 1000, 4)
+    here = Neighbours(cells, rng.integers(0, 5, 1000).astype(np.int32), 15)
+    there = pickle.loads(pickle.dumps(here))  # noqa: S301 - as Ray sends it
+    a, b = here.transfer(cells[:99]), there.transfer(cells[:99], threads=2)
+    np.testing.assert_array_equal(a.codes, b.codes)
+    np.testing.assert_array_equal(a.uncertainty, b.uncertainty)
+
+
+def test_most_boxes_are_left_out_where_cells_form_groups():
+    """What makes it quick; without it all 78 boxes of each of the groups would be looked at."""
+    rng = np.random.default_rng(4)
+    reference = clustered(rng, 10_000, 8, 0.05, kinds=40)
+    nearest, query = everyone(reference), clustered(np.random.default_rng(4), 64, 8, 0.05, kinds=40)
+    distances, _ = nearest.search(query, 15)
+    gaps = np.maximum(np.maximum(nearest._low - query[:, None], query[:, None] - nearest._high), 0)
+    within = np.sqrt((gaps**2).sum(-1)) <= distances[:, -1:]
+    assert within.mean() < 0.2
