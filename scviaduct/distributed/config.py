@@ -202,7 +202,8 @@ class TrainConfig:
     resize_seconds: float = 60.0
     """Time between two looks for room to grow, with a range of workers."""
     log_cells: bool = False
-    """Record which cells each step saw, under `out`/cells."""
+    """Record which cells each step saw, under `out`/cells. Only on a file system: an object store has no files that grow
+    at each step, and what a kill left would be lost."""
     name: str | None = None
     """Name in MLflow's registry. Default: the name of `out`."""
     alias: str = "current"

@@ -17,6 +17,7 @@ from typing import Any
 from scviaduct.errors import OutputExistsError
 from scviaduct.storage.locks import locked
 from scviaduct.storage.manifest import read_json
+from scviaduct.storage.places import Place
 
 FOLDER = "mlflow-spool"
 """In the folder of a run or of mapped queries."""
@@ -141,7 +142,7 @@ class Journal:
             self._made = False
 
 
-def unsent(folder: Path) -> int:
+def unsent(folder: Place) -> int:
     """Events that wait in the folder of a run or of mapped queries."""
     path = folder / FOLDER
     if not (path / _EVENTS).exists():

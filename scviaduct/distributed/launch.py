@@ -12,15 +12,21 @@ from typing import TYPE_CHECKING, Any
 from scviaduct.distributed.checkpoint import Checkpoints
 from scviaduct.distributed.cluster import ray_cluster
 from scviaduct.distributed.config import TrainConfig
+from scviaduct.distributed.embedding import PARTIAL
 from scviaduct.distributed.failures import attempt, clear, may_pass, refusal
 from scviaduct.distributed.nodes import require_gpu, require_resources, require_shared_files
+from scviaduct.distributed.scratch import remove_from_nodes
+from scviaduct.distributed.waiting import told_of_waiting
 from scviaduct.errors import ScviaductError
 from scviaduct.storage.manifest import ATLAS_MARKER, VIEW_MARKER
+from scviaduct.storage.places import is_remote
 
 if TYPE_CHECKING:
     from scviaduct.distributed.train import Job
 
 _log = logging.getLogger(__name__)
+_OF_WORKERS = (PARTIAL, "ray", "stacks")
+"""What lies on the disk of each node where a run's folder is in an object store."""
 _PAUSE = 1.0
 """Seconds before the first retry in this process; each further one waits twice as long."""
 
@@ -72,7 +78,8 @@ def _fit_on_ray(work: Callable[[Job], None], job: Job, config: TrainConfig) -> N
         require_shared_files([f"{job.atlas}/{ATLAS_MARKER}", view], job.out)
     failed: WorkerGroupError | None = None
     try:
-        _trainer(work, job, config, gpus).fit()
+        with told_of_waiting(job.out):
+            _trainer(work, job, config, gpus).fit()
     except WorkerGroupError as error:
         failed = error
     except RayError as error:  # the controller is gone, and with it the head, or its node
@@ -85,13 +92,15 @@ def _fit_on_ray(work: Callable[[Job], None], job: Job, config: TrainConfig) -> N
     if failed:
         causes = "; ".join(f"worker {rank}: {cause}" for rank, cause in failed.worker_failures.items())
         raise _given_up(job, config.max_failures, causes) from failed
+    if config.address and is_remote(job.out):
+        remove_from_nodes(job.scratch, _OF_WORKERS)
 
 
 def _trainer(work: Callable[[Job], None], job: Job, config: TrainConfig, gpus: float) -> Any:
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
-    from scviaduct.distributed.elastic import GrowAtCheckpoints
+    from scviaduct.distributed.elastic import GrowAtCheckpoints, SayWaiting
     from scviaduct.distributed.network import NodeAddressConfig
 
     fewest, most = config.fewest_workers, config.most_workers
@@ -117,7 +126,10 @@ def _trainer(work: Callable[[Job], None], job: Job, config: TrainConfig, gpus: f
             name=f"{job.out.name}-{uuid.uuid4().hex[:8]}",
             storage_path=str(job.scratch / "ray"),
             failure_config=FailureConfig(max_failures=config.max_failures),
-            callbacks=[GrowAtCheckpoints(Checkpoints(job.out / "checkpoints"))],  # type: ignore[list-item]
+            callbacks=[
+                GrowAtCheckpoints(Checkpoints(job.out / "checkpoints")),  # type: ignore[list-item]
+                SayWaiting(job.out, fewest, most),  # type: ignore[list-item]
+            ],
         ),
     )
 

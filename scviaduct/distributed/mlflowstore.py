@@ -6,11 +6,13 @@ import getpass
 import json
 import logging
 import os
+import socket
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
+from urllib.parse import urlsplit
 
 import scviaduct
 from scviaduct.distributed.journal import Event
@@ -36,6 +38,8 @@ _REFUSALS = {
 }
 _OF_TRAININGS = {"mlflow.experimentKind": "custom_model_development"}
 """Without it MLflow's pages take an experiment for one on language models."""
+_DATABASES = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}
+"""Servers that MLflow speaks to without one of its own, and their ports."""
 _PARAMS, _METRICS, _DATASETS = 100, 1000, 500
 """Of each, what one call of MLflow takes, or half of it."""
 
@@ -60,6 +64,7 @@ class MlflowStore:
         Raises Refused when that is of no use now or later, anything else when the store is away.
         """
         kind = event["kind"]
+        require_database(self.uri)
         with impatient(_SECONDS_FOR_FILES if kind in ("artifacts", "register") else _SECONDS):
             if not self._client:
                 self._open()
@@ -193,6 +198,17 @@ def _user() -> str:
 def _parts(entries: Sequence[T], size: int) -> Iterator[Sequence[T]]:
     for start in range(0, len(entries), size):
         yield entries[start : start + size]
+
+
+def require_database(uri: str) -> None:
+    """Raise OSError within seconds when `uri` is that of a database whose server does not take connections.
+
+    MLflow itself would try ten times, for two minutes or more, and each of its calls would wait.
+    """
+    parts = urlsplit(uri)
+    port = _DATABASES.get(parts.scheme.partition("+")[0])
+    if port and parts.hostname:
+        socket.create_connection((parts.hostname, parts.port or port), timeout=_SECONDS).close()
 
 
 @contextmanager

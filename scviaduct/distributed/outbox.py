@@ -14,6 +14,7 @@ from typing import Any
 
 from scviaduct.distributed.journal import Event, Journal
 from scviaduct.distributed.mlflowstore import MlflowStore, Refused
+from scviaduct.storage.places import Place
 
 log = logging.getLogger(__name__)
 
@@ -21,10 +22,13 @@ _FIRST_WAIT, _LONGEST_WAIT = 5.0, 300.0
 
 
 class Outbox:
-    """The events of a job's runs on their way to MLflow; may be used from any thread."""
+    """The events of a job's runs on their way to MLflow; may be used from any thread.
 
-    def __init__(self, uri: str, experiment: str, folder: Path | None) -> None:
-        self.uri, self.experiment = uri, experiment
+    `kept` is the folder of the job whose `folder` this is, where that is not the one it lies in.
+    """
+
+    def __init__(self, uri: str, experiment: str, folder: Path | None, kept: Place | None = None) -> None:
+        self.uri, self.experiment, self._kept = uri, experiment, kept
         self.journal = Journal(folder)
         self._store = MlflowStore(uri, experiment)
         self._lock = threading.RLock()
@@ -81,7 +85,7 @@ class Outbox:
         if not waiting:
             return
         if self.journal.folder:
-            where = self.journal.folder.parent
+            where = self._kept or self.journal.folder.parent
             log.warning("%d records wait for MLflow at %s. Send them with: scviaduct sync %s", waiting, self.uri, where)
         else:
             log.warning("%d records did not reach MLflow at %s and are lost.", waiting, self.uri)

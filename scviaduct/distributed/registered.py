@@ -8,7 +8,7 @@ from pathlib import Path
 
 from scviaduct.distributed.bundle import Bundle
 from scviaduct.distributed.config import TrackingConfig
-from scviaduct.distributed.mlflowstore import impatient, quiet
+from scviaduct.distributed.mlflowstore import impatient, quiet, require_database
 from scviaduct.errors import ConfigError
 
 _SECONDS = 60
@@ -56,6 +56,12 @@ def find_model(model: str | Path, config: TrackingConfig) -> Found:
     store = Path(where.removeprefix(_SQLITE))
     if where.startswith(_SQLITE) and not store.exists():
         raise ConfigError(f"{uri} is not in the registry: there is no {store}. Name another with --tracking-uri.")
+    try:
+        require_database(where)
+    except OSError as error:
+        raise ConfigError(
+            f"{uri} cannot be looked up: the database of --tracking-uri does not answer ({error})."
+        ) from error
     with impatient(_SECONDS):
         return _fetched(uri, where)
 

@@ -11,6 +11,7 @@ from scviaduct.distributed.cadence import Every
 from scviaduct.distributed.failures import refusal
 from scviaduct.distributed.follow import read_history
 from scviaduct.distributed.journal import unsent
+from scviaduct.distributed.waiting import waits_for
 from scviaduct.errors import UnreadableFileError
 from scviaduct.storage.manifest import read_json
 from scviaduct.storage.places import Place, exists, place
@@ -18,7 +19,7 @@ from scviaduct.storage.places import Place, exists, place
 _SILENT = 3.0
 """A run that has written nothing for this many checkpoint intervals, and epochs, is taken to have stopped."""
 
-State = Literal["finished", "running", "stopped", "refused"]
+State = Literal["finished", "running", "waiting", "stopped", "refused"]
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class RunStatus:
 
     run: Place
     state: State
-    """"stopped": nothing was written for longer than checkpoints and epochs take; `train --resume` goes on."""
+    """"waiting": for workers. "stopped": nothing was written for longer than checkpoints and epochs take; `train --resume` goes on."""
     model: str
     workers: int
     """Of the last start."""
@@ -49,7 +50,7 @@ class RunStatus:
     record: dict[str, float]
     """The last epoch's numbers."""
     reason: str = ""
-    """Why it was refused."""
+    """Why it was refused, or what it waits for."""
     unsent: int = 0
     """Records that MLflow has not been told of; `scviaduct sync` does."""
 
@@ -70,11 +71,11 @@ def run_status(run: str | Path, *, now: float | None = None) -> RunStatus:
     at = read_json(newest) if newest else {"epoch": 0, "step": 0, "finished": False}
     last = history[-1] if history else {}
     silent = now - _last_written(folder)
-    refused = refusal(folder)
+    refused, waiting = refusal(folder), waits_for(folder, now)
     starts = read_json(folder / "attempts.json") if (folder / "attempts.json").exists() else []
     return RunStatus(
         run=folder,
-        state=_state(folder, config, last, silent),
+        state="waiting" if waiting else _state(folder, config, last, silent),
         model=config["model"],
         workers=starts[-1]["workers"] if starts else 0,
         attempt=len(starts),
@@ -86,8 +87,8 @@ def run_status(run: str | Path, *, now: float | None = None) -> RunStatus:
         cells_per_second=last.get("cells_per_second"),
         seconds_left=_left(history, config["fit"]["max_epochs"]),
         record=last,
-        reason=str(refused) if refused else "",
-        unsent=unsent(folder) if isinstance(folder, Path) else 0,
+        reason=str(refused) if refused else waiting.told(folder, now) if waiting else "",
+        unsent=unsent(folder),
     )
 
 

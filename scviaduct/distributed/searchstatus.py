@@ -66,7 +66,7 @@ def _alive(out: Path, number: int, now: float) -> bool:
     """Whether a trial's run goes on, or is about to begin."""
     run = folder_of(out, number)
     if (run / "run.json").is_file():
-        return run_status(run, now=now).state == "running"
+        return run_status(run, now=now).state in {"running", "waiting"}
     return now - run.with_suffix(".json").stat().st_mtime < _STARTING
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import tempfile
 import time
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
@@ -11,13 +12,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from upath import UPath
+
 from scviaduct.distributed.config import TrackingConfig
 from scviaduct.distributed.journal import FOLDER, Journal
 from scviaduct.distributed.outbox import Outbox
 from scviaduct.distributed.registered import store_uri
+from scviaduct.distributed.scratch import fetch_spool, keep_spool
 from scviaduct.distributed.systemmetrics import PREFIX as SYSTEM
 from scviaduct.distributed.systemmetrics import SystemMetrics
 from scviaduct.errors import UnreadableFileError
+from scviaduct.storage.places import Place, place
 
 
 @dataclass(frozen=True)
@@ -39,13 +44,14 @@ class Tracker:
     """One MLflow run. What cannot be told now is kept and told later; the job goes on.
 
     `home` is the job's folder, which keeps what MLflow has not been told yet, so that it survives the job
-    (`scviaduct sync`). Without it that is kept in memory, and lost when the job ends.
+    (`scviaduct sync`). Without it that is kept in memory, and lost when the job ends. `kept` is where it will lie when
+    the job has ended, if that is elsewhere.
     """
 
-    def __init__(self, config: TrackingConfig, home: Path | None = None) -> None:
+    def __init__(self, config: TrackingConfig, home: Path | None = None, *, kept: Place | None = None) -> None:
         self.uri = store_uri(config)
         self._config = config
-        self._outbox = Outbox(self.uri, config.experiment, home and home / FOLDER) if self.uri else None
+        self._outbox = Outbox(self.uri, config.experiment, home and home / FOLDER, kept) if self.uri else None
         self.key: str | None = None
         """Our own name of the run, known at once; MLflow has it as the tag scviaduct.key."""
         self._parent: str | None = None
@@ -173,9 +179,27 @@ def sync(folder: str | Path, tracking_uri: str | None = None) -> tuple[int, int]
     Raises:
         UnreadableFileError: there is no such folder.
     """
-    home = Path(folder)
+    home = place(folder)
     if not home.is_dir():
         raise UnreadableFileError(f"{home} is not a folder that train or map wrote.")
+    return _sync(home, tracking_uri) if isinstance(home, Path) else _sync_remote(home, tracking_uri)
+
+
+def _sync_remote(out: UPath, tracking_uri: str | None) -> tuple[int, int]:
+    """`sync` of a run in an object store, by way of a folder of this machine."""
+    from scviaduct.distributed.bundle import Bundle  # torch, which a folder of this machine does not need
+
+    with tempfile.TemporaryDirectory(prefix="scviaduct-") as temporary:
+        here = Path(temporary)
+        fetch_spool(out, here)
+        if (out / "bundle" / "model.json").exists():
+            (here / "bundle").symlink_to(Bundle.open(out).path)
+        told = _sync(here, tracking_uri)
+        keep_spool(here, out)
+    return told
+
+
+def _sync(home: Path, tracking_uri: str | None) -> tuple[int, int]:
     store = Journal(home / FOLDER).store
     if not store:
         return 0, 0

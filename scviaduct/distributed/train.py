@@ -12,9 +12,7 @@ out/run.json        configuration, identity of the data, MLflow run; decides wha
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -40,6 +38,7 @@ from scviaduct.distributed.lineage import data_of, tags_of_training
 from scviaduct.distributed.loop import Hooks, fit, samplers
 from scviaduct.distributed.options import model_config
 from scviaduct.distributed.saver import Saver
+from scviaduct.distributed.scratch import kept_while_it_runs, scratch_of
 from scviaduct.distributed.start import options_of, start_from
 from scviaduct.distributed.tracking import Tracker, flat
 from scviaduct.distributed.watch import Watch
@@ -78,10 +77,7 @@ class Job:
     @property
     def scratch(self) -> Path:
         """Where files lie that need a disk: the run's folder, or one of this machine that all processes find."""
-        out = self.out
-        if isinstance(out, Path):
-            return out
-        return Path(tempfile.gettempdir(), f"scviaduct-{hashlib.sha256(str(out).encode()).hexdigest()[:16]}")
+        return scratch_of(self.out)
 
 
 def train(atlas: str | Place, config: TrainConfig, *, on_epoch: OnEpoch = lambda record: None) -> Bundle:
@@ -103,8 +99,12 @@ def train(atlas: str | Place, config: TrainConfig, *, on_epoch: OnEpoch = lambda
         if (place(config.out) / "bundle" / "model.json").exists():
             return Bundle.open(config.out)
     job, view = checked(atlas, config)
-    config = job.config
-    tracker = _open_run(job, view)
+    with kept_while_it_runs(job.out):
+        return _run(job, view, on_epoch)
+
+
+def _run(job: Job, view: View, on_epoch: OnEpoch) -> Bundle:
+    config, tracker = job.config, _open_run(job, view)
     alone = config.most_workers == 1 and not config.address
     with (
         tracker.closing(),
@@ -220,7 +220,7 @@ def require_view(view: View, digest: str, atlas: str, begun: str) -> None:
 def _open_run(job: Job, view: View) -> Tracker:
     """Make the run's folder and its MLflow run, or find them again."""
     config, here = job.config, isinstance(job.out, Path)
-    tracker = Tracker(config.tracking, job.scratch if here else None)
+    tracker = Tracker(config.tracking, job.scratch, kept=job.out)
     if config.resume:
         record = read_json(job.out / "run.json")
         require_view(view, record["view_digest"], job.atlas, f"the run in {job.out}")
@@ -263,6 +263,16 @@ def _next_attempt(out: Place, workers: Workers) -> int:
     return int(workers.total(count))
 
 
+def _named(bundle: Bundle, job: Job) -> Path:
+    """The bundle's folder by a name relative to the run's, which means the same wherever what MLflow lacks is sent from."""
+    if isinstance(job.out, Path):
+        return bundle.path
+    link = job.scratch / "bundle"
+    link.unlink(missing_ok=True)
+    link.symlink_to(bundle.path)
+    return link
+
+
 def _bundle(job: Job, view: View, tracker: Tracker) -> Bundle:
     """The finished run's bundle, recorded in MLflow."""
     config = job.config
@@ -288,7 +298,7 @@ def _bundle(job: Job, view: View, tracker: Tracker) -> Bundle:
     remove_folder(job.scratch / PARTIAL)
     if tracker.key:
         tracker.artifacts(draw_losses(progress.history, job.scratch / "plots" / "losses.png"), "plots")
-        tracker.artifacts(bundle.path, "bundle")
+        tracker.artifacts(_named(bundle, job), "bundle")
         digests = {"view_digest": view.digest, "schema_digest": job.schema.digest, "bundle_digest": bundle.digest}
         tracker.register(str(facts["name"]), digests | {"model": config.model}, config.alias)
     return bundle

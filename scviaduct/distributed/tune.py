@@ -205,7 +205,8 @@ def _room(config: TuneConfig, cores: float) -> tuple[int, float]:
     if fit < 1:
         raise ConfigError(
             f"A trial needs {cores:g} cores and {gpus * config.workers:g} GPUs, but the cluster has "
-            f"{there.get('CPU', 0):g} and {there.get('GPU', 0):g}."
+            f"{there.get('CPU', 0):g} and {there.get('GPU', 0):g}: use fewer --workers-per-trial or --threads, or "
+            "--gpus-per-worker 0."
         )
     return min(config.parallel or fit, fit), gpus
 

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from datetime import timedelta
 from types import TracebackType
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column
+
+if TYPE_CHECKING:
+    from scviaduct.storage.places import Place
 
 # names of files are shown as they are: [x] is no markup and :car: no picture
 console = Console(stderr=True, highlight=False, markup=False, emoji=False)
@@ -77,6 +82,17 @@ class Steps:
     def _line(self) -> None:
         self._printed, self._printed_at = time.monotonic(), self._done
         console.print(f"{self._title} {self._done}/{self._total or '?'} {self._remark}", soft_wrap=True)
+
+
+@contextmanager
+def going_on(begun: Place, command: str) -> Iterator[None]:
+    """When the block is interrupted after the file `begun` was written, say by which command it goes on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if begun.exists():
+            console.print(f"Interrupted. To go on: scviaduct {command}", soft_wrap=True)
+        raise
 
 
 def epoch_remark(record: Mapping[str, float]) -> str:

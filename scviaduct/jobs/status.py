@@ -49,7 +49,7 @@ def _lines(s: RunStatus) -> list[str]:
         lines.append(f"  {_time(s.seconds_left)} left, if no early stopping comes before")
     if s.state == "stopped":
         lines.append(f"  nothing was written for {_time(s.silent)}: train --resume --out {s.run} goes on from there")
-    if s.state == "refused":
+    if s.reason:
         lines.append(f"  {s.reason}")
     if s.unsent:
         lines.append(f"  {s.unsent} records wait for MLflow: scviaduct sync {s.run}")

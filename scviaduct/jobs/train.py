@@ -8,7 +8,7 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from scviaduct.distributed.config import TrainConfig
-from scviaduct.jobs.display import Steps, epoch_remark, output
+from scviaduct.jobs.display import Steps, epoch_remark, going_on, output
 
 ConfigFile = Annotated[Path | None, Parameter(name="--config")]
 
@@ -35,10 +35,11 @@ def command(
         most = most or run_status(config.out).max_epochs  # left open by the options, the run decides it
         steps.at(int(record["epoch"]) + 1, epoch_remark(record), most)
 
-    with Steps("epoch", most) as steps:
+    out = place(config.out)
+    again = going_on(out / "run.json", f"train {atlas} --resume --out {out}")
+    with again, Steps("epoch", most) as steps:
         bundle = train(atlas, config, on_epoch=told)
     facts = bundle.facts["training"]
-    out = place(config.out)
     output.print(f"{out / 'bundle'}: {bundle.name} of {facts['cells']:,} cells after {facts['epochs']} epochs.")
     output.print(f"Next: scviaduct map {out} QUERY.h5ad --out mapped", style="dim")
     return 0

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 from cyclopts import Parameter
 
 from scviaduct.distributed.tuneconfig import TuneConfig
-from scviaduct.jobs.display import Steps, output
+from scviaduct.jobs.display import Steps, going_on, output
 from scviaduct.jobs.train import ConfigFile
 
 if TYPE_CHECKING:
@@ -34,7 +34,8 @@ def command(
     def told(trials: list[Trial], best: Trial | None, n_trials: int) -> None:
         steps.at(sum(t.state != "running" for t in trials), trials_remark(trials, best), n_trials)
 
-    with Steps("trial", config.n_trials) as steps:
+    again = going_on(config.out / "tune.json", f"tune {atlas} --resume --out {config.out}")
+    with again, Steps("trial", config.n_trials) as steps:
         found = tune(atlas, config, on_progress=told)
     chosen = ", ".join(f"{name}={value}" for name, value in found.best.params.items())
     counts = found.table["state"].value_counts().to_dict()

@@ -1,20 +1,25 @@
 """A run whose folder is in an object store."""
 
 import json
+import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from mlflow import MlflowClient
 from safetensors.torch import load_file
 
 from scviaduct.distributed.bundle import Bundle
 from scviaduct.distributed.checkpoint import Checkpoints
+from scviaduct.distributed.config import TrackingConfig
 from scviaduct.distributed.inspect import inspect
 from scviaduct.distributed.map import map as map_queries
 from scviaduct.distributed.runstatus import run_status
+from scviaduct.distributed.tracking import sync
 from scviaduct.distributed.train import train
 from scviaduct.errors import ConfigError, IncompleteError, OutputExistsError, ScviaductError, UnreadableFileError
 from scviaduct.storage.places import place
@@ -109,6 +114,44 @@ def test_what_a_bucket_cannot_take_is_refused(atlas, config, bucket):
     with pytest.raises(ConfigError, match="There is no run to resume in s3://runs/none"):
         train(atlas, config(Path(f"{bucket}/none"), resume=True))
     assert not place(f"{bucket}/logged").exists()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_what_mlflow_was_not_told_of_a_run_in_a_bucket_is_sent_from_there(
+    atlas, config, bucket, mlflow_database, tmp_path, monkeypatch, caplog
+):
+    """The machine that ran it is gone meanwhile, and its temporary folder."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    (tmp_path / "temporary").mkdir()
+    (tmp_path / "store").touch()  # not a folder: no store can be made in it
+    tracking = TrackingConfig(tracking_uri=f"sqlite:///{tmp_path}/store/mlflow.db", experiment="test")
+    out = Path(f"{bucket}/untold")
+
+    def stop(record):
+        raise Gone
+
+    with pytest.raises(ScviaductError, match="given up"):
+        train(atlas, config(out, max_epochs=2, max_failures=0, tracking=tracking), on_epoch=stop)
+    (scratch,) = (tmp_path / "temporary").glob("scviaduct-*")
+    assert f"What this machine holds of the run is kept in {scratch}" in caplog.text
+    shutil.rmtree(scratch)
+    train(atlas, config(out, max_epochs=2, resume=True, tracking=tracking))
+    assert not list((tmp_path / "temporary").glob("scviaduct-*"))
+    assert "Send them with: scviaduct sync s3://runs/untold" in caplog.text
+    waiting = run_status(out).unsent
+    assert waiting > 5
+    (tmp_path / "store").unlink()
+    (tmp_path / "store").mkdir()
+    shutil.copy(mlflow_database, tmp_path / "store")
+    assert sync(out) == (waiting, 0) and sync(out) == (0, 0)
+    left = {"run.json", "history.jsonl", "attempts.json", "checkpoints", "bundle"}
+    assert {p.name for p in place(out).iterdir()} == left
+    client = MlflowClient(tracking.tracking_uri)
+    (run,) = client.search_runs([client.get_experiment_by_name("test").experiment_id])
+    assert run.info.status == "FINISHED"
+    assert [m.step for m in client.get_metric_history(run.info.run_id, "elbo_train")] == [0, 1]
+    assert {a.path for a in client.list_artifacts(run.info.run_id)} == {"bundle", "plots"}
+    assert client.get_model_version_by_alias("untold", "current").run_id == run.info.run_id
 
 
 TRAIN = """

@@ -1,6 +1,7 @@
 import json
 import logging
 import shutil
+import socket
 from pathlib import Path
 
 import anndata as ad
@@ -222,6 +223,23 @@ def test_a_registry_that_does_not_answer(query_file, map_config, tmp_path):
     away = TrackingConfig(tracking_uri="http://127.0.0.1:9")
     with pytest.raises(ConfigError, match=r"kang@current cannot be looked up at http://127\.0\.0\.1:9"):
         map("models:/kang@current", [query_file], map_config(tmp_path / "mapped", tracking=away))
+
+
+@pytest.mark.parametrize("scheme", ["postgresql", "postgresql+psycopg2", "mysql+pymysql"])
+def test_a_database_server_that_is_away_is_noticed_at_once(query_file, map_config, tmp_path, scheme, caplog):
+    """MLflow would try ten times, for two minutes; it is not even asked, as its drivers are not installed here."""
+    with socket.socket() as silent:  # bound, but it does not listen
+        silent.bind(("127.0.0.1", 0))
+        away = TrackingConfig(tracking_uri=f"{scheme}://me:secret@127.0.0.1:{silent.getsockname()[1]}/mlflow")
+        tracker = Tracker(away, tmp_path)
+        tracker.start("one", {}, {})
+        tracker.end("FINISHED")
+        assert len(tracker._outbox.journal.waiting) == 3
+        assert "cannot be told (ConnectionRefusedError" in caplog.text
+        with pytest.raises(
+            ConfigError, match=r"kang@current cannot be looked up: the database of --tracking-uri does not"
+        ):
+            map("models:/kang@current", [query_file], map_config(tmp_path / "mapped", tracking=away))
 
 
 def test_a_job_goes_on_without_its_tracking_store(atlas, config, tmp_path, caplog):

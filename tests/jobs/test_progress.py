@@ -87,3 +87,15 @@ def test_cells_a_second_and_what_was_done_before(log_file):
     (line,) = log_file.export_text().splitlines()[-1:]
     rate = float(re.search(r"([\d,]+) cells/s", line)[1])
     assert line.startswith("convert 620/1000 a.h5ad · ") and 0 < rate <= 20, "500 cells were done before"
+
+
+def test_an_interrupted_command_says_how_to_go_on(tmp_path, monkeypatch):
+    told = io.StringIO()
+    monkeypatch.setattr(display, "console", Console(file=told))
+    begun = tmp_path / "run.json"
+    for exists in (False, True):
+        if exists:
+            begun.touch()
+        with pytest.raises(KeyboardInterrupt), display.going_on(begun, "train a.zarr --resume --out run"):
+            raise KeyboardInterrupt
+        assert ("To go on: scviaduct train a.zarr --resume --out run" in told.getvalue()) == exists
