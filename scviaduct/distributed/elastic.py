@@ -10,6 +10,7 @@ import threading
 import time
 from typing import Any
 
+import ray
 from ray.train.v2._internal.execution.callback import ControllerCallback  # a developers' API, without another address
 
 from scviaduct.distributed.checkpoint import Checkpoints
@@ -37,11 +38,17 @@ class GrowAtCheckpoints(ControllerCallback):
             time.sleep(0.1)
 
 
+def _resources() -> tuple[dict[str, float], dict[str, float]]:
+    """Of the cluster: all, and free ones."""
+    return ray.cluster_resources(), ray.available_resources()
+
+
 class SayWaiting(ControllerCallback):
     """Keeps the record of a run that waits for workers (waiting.py), from a thread of the controller."""
 
-    def __init__(self, out: Place, fewest: int, most: int) -> None:
-        self._out, self._fewest, self._most = out, fewest, most
+    def __init__(self, out: Place, fewest: int, most: int, gpus_per_worker: float) -> None:
+        self._out, self._workers = out, (fewest, most)
+        self._needed = {"CPU": float(fewest)} | ({"GPU": fewest * gpus_per_worker} if gpus_per_worker else {})
         self._running: threading.Event | None = None
         self._sure = True
 
@@ -66,10 +73,9 @@ class SayWaiting(ControllerCallback):
             threading.Thread(target=self._say, args=(self._running, time.time()), daemon=True).start()
 
     def _say(self, running: threading.Event, since: float) -> None:
-        import ray
-
         while not running.wait(EVERY):
-            cores = [of().get("CPU", 0.0) for of in (ray.cluster_resources, ray.available_resources)]
-            if self._sure or cores[0] < self._fewest:
-                Waiting(self._fewest, self._most, since, time.time(), *cores).write(self._out)
+            there, free = ({name: has.get(name, 0.0) for name in self._needed} for has in _resources())
+            found = Waiting(*self._workers, since, time.time(), self._needed, there, free)
+            if found.lacks or (self._sure and found.lacks_now):
+                found.write(self._out)
         (self._out / "waiting.json").unlink(missing_ok=True)

@@ -128,7 +128,7 @@ def _trainer(work: Callable[[Job], None], job: Job, config: TrainConfig, gpus: f
             failure_config=FailureConfig(max_failures=config.max_failures),
             callbacks=[
                 GrowAtCheckpoints(Checkpoints(job.out / "checkpoints")),  # type: ignore[list-item]
-                SayWaiting(job.out, fewest, most),  # type: ignore[list-item]
+                SayWaiting(job.out, fewest, most, gpus),  # type: ignore[list-item]
             ],
         ),
     )

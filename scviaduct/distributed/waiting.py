@@ -32,15 +32,28 @@ class Waiting:
     """What a run waits for."""
 
     fewest: int
+    """Workers without which it does not run."""
     most: int
     since: float
     """Seconds since the epoch, as all times."""
     at: float
     """When this was written."""
-    cores: float
-    """Of the cluster."""
-    free: float
-    """Cores that nobody has taken."""
+    needed: dict[str, float]
+    """{CPU or GPU: how many the fewest workers take}."""
+    there: dict[str, float]
+    """Of these, what the cluster has."""
+    free: dict[str, float]
+    """Of these, what nobody has taken."""
+
+    @property
+    def lacks(self) -> bool:
+        """The cluster is too small."""
+        return any(self.there.get(name, 0) < n for name, n in self.needed.items())
+
+    @property
+    def lacks_now(self) -> bool:
+        """It is, or others use what there is."""
+        return any(self.free.get(name, 0) < n for name, n in self.needed.items())
 
     def write(self, out: Place) -> None:
         """Say so in the run's folder."""
@@ -49,14 +62,15 @@ class Waiting:
     def told(self, out: Place, now: float) -> str:
         """What is lacking, and what can be done, in sentences."""
         asked = f"{self.fewest} workers" if self.fewest > 1 else "a worker"
-        taken = "the others are taken, or its workers are about to begin"
-        why = "" if self.cores < self.fewest else f", {self.free:g} of them free ({taken})"
+        has = [f"{self.there.get(name, 0):g} {name} ({self.free.get(name, 0):g} free)" for name in self.needed]
+        needs = [f"{n:g} {name}" for name, n in self.needed.items()]
+        taken = "" if self.lacks else ": others have taken the rest, or its workers are about to begin"
         fewer = f"--workers 1..{self.most} --resume"
-        way = f" or stop it and go on with fewer: train {fewer} --out {out}" if self.fewest > 1 else ""
+        way = f", or stop it and go on with fewer: train {fewer} --out {out}" if self.fewest > 1 else ""
         return (
-            f"The run has waited {timedelta(seconds=round(now - self.since))} for {asked}; the cluster has {self.cores:g} "
-            f"cores{why}. It goes on by itself when there is room: start a node,{way}."
-        ).replace("node,.", "node.")
+            f"The run has waited {timedelta(seconds=round(now - self.since))} for {asked} with {' and '.join(needs)}; the "
+            f"cluster has {' and '.join(has)}{taken}. It goes on by itself when there is room: start a node{way}."
+        )
 
 
 def waits_for(out: Place, now: float) -> Waiting | None:
