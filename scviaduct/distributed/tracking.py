@@ -22,7 +22,7 @@ from scviaduct.distributed.scratch import fetch_spool, keep_spool
 from scviaduct.distributed.systemmetrics import PREFIX as SYSTEM
 from scviaduct.distributed.systemmetrics import SystemMetrics
 from scviaduct.errors import UnreadableFileError
-from scviaduct.storage.places import Place, place
+from scviaduct.storage.places import Place, exists, place
 
 
 @dataclass(frozen=True)
@@ -180,7 +180,7 @@ def sync(folder: str | Path, tracking_uri: str | None = None) -> tuple[int, int]
         UnreadableFileError: there is no such folder.
     """
     home = place(folder)
-    if not home.is_dir():
+    if not (home.is_dir() if isinstance(home, Path) else exists(home / "run.json")):
         raise UnreadableFileError(f"{home} is not a folder that train or map wrote.")
     return _sync(home, tracking_uri) if isinstance(home, Path) else _sync_remote(home, tracking_uri)
 
