@@ -5,8 +5,8 @@
                                   [--data mixture30,mixture10,noise30,real] [--latent latent.npy --labels labels.npy]
 
 scArches searches with scikit-learn by brute force, scvi-tools and the HLCA's users with PyNNDescent. Each peer finds the
-neighbours, and the same rule makes labels of them. Time is that of the index and the search, in seconds of the wall.
-Peers that take too long are given fewer cells (`--few`) or query cells (`--some`), and then so are we, in the same round.
+neighbours, and the same rule makes labels of them. Time is that of the index and the search together, in seconds of the
+wall and of the processor (all threads); ratios are told of both, as medians over the rounds. Peers that take too long are given fewer cells (`--few`) or query cells (`--some`), and then so are we, in the same round.
 
 `mixture` has 60 types of very unequal size, each a cloud of 5 dimensions in noise; `noise` is one round cloud, in which
 no method can leave anything out. `real` takes a model's latents (reference/latent.npy of a bundle) and makes of them as
@@ -20,7 +20,6 @@ than that of the true neighbours, `uncertainty` the largest difference. Truth: a
 from __future__ import annotations
 
 import argparse
-import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -80,32 +79,49 @@ def compare(name: str, options: argparse.Namespace) -> None:
         "pynndescent": (reference[few], query[: options.few // 10]),
     }
     print(f"{name}: {len(reference):,} references, {len(query):,} query cells", flush=True)
-    begin = time.perf_counter()
-    found = ours(options)(reference, query)
-    seconds = time.perf_counter() - begin
+    found, seconds = timed(ours(options), reference, query)
     tell("ours", seconds, found, truth, codes)
     for peer in options.peers.split(","):
         cells, asked = sizes[peer]
-        times: dict[str, list[float]] = {"ours": [], peer: []}
+        times: dict[str, list[NDArray[np.float64]]] = {"ours": [], peer: []}
         for _ in range(options.rounds):
             for who, search in (("ours", ours(options)), (peer, PEERS[peer](options))):
-                begin = time.perf_counter()
-                found = search(cells, asked)
-                times[who].append(time.perf_counter() - begin)
-        ratio = statistics.median(b / a for a, b in zip(*times.values(), strict=True))
-        note = f" on {len(cells):,} x {len(asked):,}: ours {statistics.median(times['ours']):.2f} s, ratio {ratio:.1f}"
+                found, seconds = timed(search, cells, asked)
+                times[who].append(seconds)
+        own, theirs = (np.median(times[who], axis=0) for who in ("ours", peer))
+        wall, cpu = np.median(np.divide(times[peer], times["ours"]), axis=0)
+        note = (
+            f"  on {len(cells):,} x {len(asked):,}, ours {own[0]:.2f} s ({own[1]:.2f} CPU-s):"
+            f" {wall:.1f} times our time, {cpu:.1f} times our CPU time"
+        )
         known = truth if cells is reference else by_force(cells, asked[some], options.neighbors)
-        tell(peer, statistics.median(times[peer]), found, known, codes, note)
+        tell(peer, theirs, found, known, codes, note)
 
 
-def tell(who: str, seconds: float, found: Found, truth: Found, codes: NDArray[np.int64], note: str = "") -> None:
+def timed(
+    search: Search, reference: NDArray[np.float32], query: NDArray[np.float32]
+) -> tuple[Found, NDArray[np.float64]]:
+    """What was found, and seconds of the wall and of the processor."""
+    begin = np.array([time.perf_counter(), time.process_time()])
+    found = search(reference, query)
+    return found, np.array([time.perf_counter(), time.process_time()]) - begin
+
+
+def tell(
+    who: str,
+    seconds: NDArray[np.float64],
+    found: Found,
+    truth: Found,
+    codes: NDArray[np.int64],
+    note: str = "",
+) -> None:
     n = len(truth[1])
     rows, right = found[1][:n], truth[1]
     recall = np.mean([len(np.intersect1d(a, b)) / len(b) for a, b in zip(rows, right, strict=True)])
     a, b = (voted(distances[:n], near[:n], codes) for distances, near in (found, truth))
     other, most = np.mean(a[0] != b[0]), np.abs(a[1] - b[1]).max()
     print(
-        f"  {who:12}{seconds:8.2f} s  recall {recall:.4f}  other labels {other:.2%}  uncertainty {most:.1e}{note}",
+        f"  {who:12}{seconds[0]:8.2f} s {seconds[1]:8.2f} CPU-s  recall {recall:.4f}  other labels {other:.2%}  uncertainty {most:.1e}{note}",
         flush=True,
     )
 

@@ -6,8 +6,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from scviaduct.distributed import transfer
 from scviaduct.distributed.bundle import Bundle
 from scviaduct.distributed.map import map
+from scviaduct.distributed.nearest import Nearest
 from scviaduct.errors import ConfigError, DataError, OutputExistsError, UnreadableFileError
 
 
@@ -116,7 +118,11 @@ def test_reusing_the_reference_s_batches_trains_nothing(run, studies, map_config
     assert all(np.abs(reference - z).max(1).min() < 1e-4 for z in latent[:20])
 
 
-def test_ray_tasks_give_what_one_process_gives(run, query_file, biology, map_config, tmp_path, ray_cluster):
+def test_ray_tasks_give_what_one_process_gives(
+    run, query_file, biology, map_config, tmp_path, ray_cluster, monkeypatch
+):
+    made = []
+    monkeypatch.setattr(transfer, "Nearest", lambda *args: made.append(1) or Nearest(*args))
     other = tmp_path / "second.h5ad"
     biology.study(11, 80).write_h5ad(other)
     files = [query_file, broken(tmp_path / "normalised.h5ad", biology, "normalised"), other]
@@ -125,5 +131,7 @@ def test_ray_tasks_give_what_one_process_gives(run, query_file, biology, map_con
     columns = ["query", "status", "cells", "mapped", "genes_matched", "message", "epochs"]
     pd.testing.assert_frame_equal(one[columns], two[columns])
     for name in ("query", "second"):
-        a, b = (ad.read_h5ad(tmp_path / side / f"{name}.h5ad").obsm["X_scVI"] for side in ("one", "two"))
-        np.testing.assert_array_equal(a, b)
+        a, b = (ad.read_h5ad(tmp_path / side / f"{name}.h5ad") for side in ("one", "two"))
+        np.testing.assert_array_equal(a.obsm["X_scVI"], b.obsm["X_scVI"])
+        pd.testing.assert_frame_equal(a.obs, b.obs)
+    assert len(made) == 2  # the reference's cells are put in order once a mapping, not once a query
