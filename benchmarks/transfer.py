@@ -6,7 +6,8 @@
 
 scArches searches with scikit-learn by brute force, scvi-tools and the HLCA's users with PyNNDescent. Each peer finds the
 neighbours, and the same rule makes labels of them. Time is that of the index and the search together, in seconds of the
-wall and of the processor (all threads); ratios are told of both, as medians over the rounds. Peers that take too long are given fewer cells (`--few`) or query cells (`--some`), and then so are we, in the same round.
+wall and of the processor (all threads); ratios are told of both, as medians over the rounds. Peers that take too long
+are given fewer cells (`--few`) or query cells (`--some`), and then so are we, in the same round.
 
 `mixture` has 60 types of very unequal size, each a cloud of 5 dimensions in noise; `noise` is one round cloud, in which
 no method can leave anything out. `real` takes a model's latents (reference/latent.npy of a bundle) and makes of them as
@@ -14,7 +15,7 @@ many cells as asked for: each at a random place between a cell and one of its 15
 distance.
 
 `recall` is the share of the true neighbours that was found; `other labels` is the share of query cells with another label
-than that of the true neighbours, `uncertainty` the largest difference. Truth: all pairs in float64, of `--some` cells.
+than that of the true neighbours, `uncertainty` the largest difference. Truth: all pairs in float64, of 300 query cells.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from sklearn.neighbors import NearestNeighbors
 
 from scviaduct.distributed.transfer import Neighbours, kernel
 
+TRUE = 300
 Found = tuple[NDArray[np.float64], NDArray[np.int64]]
 Search = Callable[[NDArray[np.float32], NDArray[np.float32]], Found]
 
@@ -49,7 +51,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--references", type=int, default=1_000_000)
     parser.add_argument("--queries", type=int, default=100_000)
     parser.add_argument("--few", type=int, default=50_000, help="references for PyNNDescent")
-    parser.add_argument("--some", type=int, default=500, help="query cells for searches by brute force, and for recall")
+    parser.add_argument("--some", type=int, default=2000, help="query cells for searches by brute force")
     parser.add_argument("--neighbors", type=int, default=50)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3)
@@ -71,7 +73,7 @@ def warm_up(options: argparse.Namespace) -> None:
 def compare(name: str, options: argparse.Namespace) -> None:
     reference, codes, query = made(name, options)
     some, few = slice(options.some), slice(options.few)
-    truth = by_force(reference, query[some], options.neighbors)
+    truth = by_force(reference, query[:TRUE], options.neighbors)
     sizes = {  # peer: references and query cells that it is given
         "sklearn": (reference, query[some]),
         "flat": (reference, query[some]),
@@ -94,7 +96,7 @@ def compare(name: str, options: argparse.Namespace) -> None:
             f"  on {len(cells):,} x {len(asked):,}, ours {own[0]:.2f} s ({own[1]:.2f} CPU-s):"
             f" {wall:.1f} times our time, {cpu:.1f} times our CPU time"
         )
-        known = truth if cells is reference else by_force(cells, asked[some], options.neighbors)
+        known = truth if cells is reference else by_force(cells, asked[:TRUE], options.neighbors)
         tell(peer, theirs, found, known, codes, note)
 
 
