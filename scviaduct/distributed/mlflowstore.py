@@ -6,6 +6,7 @@ import getpass
 import json
 import logging
 import os
+import re
 import socket
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -198,6 +199,11 @@ def _user() -> str:
 def _parts(entries: Sequence[T], size: int) -> Iterator[Sequence[T]]:
     for start in range(0, len(entries), size):
         yield entries[start : start + size]
+
+
+def shown(uri: str) -> str:
+    """A store's address for messages: without the password that it may hold."""
+    return re.sub(r"(://[^/@:]*):[^/@]*@", r"\1:…@", uri)
 
 
 def require_database(uri: str) -> None:

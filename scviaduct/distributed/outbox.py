@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from scviaduct.distributed.journal import Event, Journal
-from scviaduct.distributed.mlflowstore import MlflowStore, Refused
+from scviaduct.distributed.mlflowstore import MlflowStore, Refused, shown
 from scviaduct.storage.places import Place
 
 log = logging.getLogger(__name__)
@@ -51,7 +51,9 @@ class Outbox:
                     answer = self._store.deliver(event, self.journal.ids)
                 except Refused as error:
                     answer = None
-                    self._warn(event["kind"], "MLflow at %s does not take %s: %s", self.uri, event["kind"], error)
+                    self._warn(
+                        event["kind"], "MLflow at %s does not take %s: %s", shown(self.uri), event["kind"], error
+                    )
                 except Exception as error:  # noqa: BLE001 - tracking must not end a training run
                     self.journal.waiting[0]["tried"] = True
                     self._put_off(error)
@@ -67,7 +69,7 @@ class Outbox:
         self._warn(
             "away",
             "MLflow at %s cannot be told (%s). The job goes on without it; its record is %s and sent later.",
-            *(self.uri, _first_line(error), kept),
+            *(shown(self.uri), _first_line(error), kept),
         )
         self._not_before = time.monotonic() + self._wait
         self._wait = min(2 * self._wait, _LONGEST_WAIT)
@@ -86,9 +88,11 @@ class Outbox:
             return
         if self.journal.folder:
             where = self._kept or self.journal.folder.parent
-            log.warning("%d records wait for MLflow at %s. Send them with: scviaduct sync %s", waiting, self.uri, where)
+            log.warning(
+                "%d records wait for MLflow at %s. Send them with: scviaduct sync %s", waiting, shown(self.uri), where
+            )
         else:
-            log.warning("%d records did not reach MLflow at %s and are lost.", waiting, self.uri)
+            log.warning("%d records did not reach MLflow at %s and are lost.", waiting, shown(self.uri))
 
 
 def _first_line(error: Exception) -> str:

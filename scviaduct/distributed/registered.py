@@ -8,7 +8,7 @@ from pathlib import Path
 
 from scviaduct.distributed.bundle import Bundle
 from scviaduct.distributed.config import TrackingConfig
-from scviaduct.distributed.mlflowstore import impatient, quiet, require_database
+from scviaduct.distributed.mlflowstore import impatient, quiet, require_database, shown
 from scviaduct.errors import ConfigError
 
 _SECONDS = 60
@@ -83,5 +83,5 @@ def _fetched(uri: str, where: str) -> Found:
     except (MlflowException, TypeError) as error:
         away = isinstance(error, MlflowException) and error.error_code == "INTERNAL_ERROR"
         what = "cannot be looked up" if away else "is not in the registry"
-        raise ConfigError(f"{uri} {what} at {where}: {error}") from error
+        raise ConfigError(f"{uri} {what} at {shown(where)}: {error}") from error
     return Found(Bundle.open(folder), version.name, str(version.version))

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import shutil
 import signal
 import socket
 import stat
@@ -16,9 +17,11 @@ from pathlib import Path
 
 import pytest
 import yaml
+from mlflow import MlflowClient
 
 from scviaduct.distributed import nodes, submission
 from scviaduct.distributed.clusterfiles import kuberay, slurm
+from scviaduct.distributed.searchstatus import search_status
 from scviaduct.distributed.submission import Request, SubmitConfig, spread
 from scviaduct.errors import ConfigError
 from scviaduct.jobs.__main__ import app
@@ -230,3 +233,23 @@ def test_two_workers_train_behind_a_token(cluster, atlas, tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     assert (out / "bundle" / "model.json").is_file()
     assert "scvi of 900 cells after 2 epochs" in done.stdout
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_a_search_runs_on_the_cluster_and_is_told_to_mlflow(cluster, atlas, mlflow_database, tmp_path):
+    address, token = cluster
+    shutil.copy(mlflow_database, tmp_path / "mlflow.db")
+    (tmp_path / "recipe.toml").write_text("[search]\nn_latent = [4, 5]\n")
+    out, store = tmp_path / "search", f"sqlite:///{tmp_path / 'mlflow.db'}"
+    options = ["--batch-key", "study", "--max-epochs", "1", "--set", "n_hidden=16", "--tracking-uri", store]
+    line = ["tune", atlas, "--search", tmp_path / "recipe.toml", "--n-trials", "2", "--out", out, *options]
+    done = run_submit(address, token, *line)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"{out}: 2 trials, 2 done." in done.stdout
+    assert (search_status(out).state, search_status(out).counts) == ("finished", {"done": 2})
+    client = MlflowClient(store)
+    runs = client.search_runs([e.experiment_id for e in client.search_experiments()])
+    (parent,) = [run.info.run_id for run in runs if "mlflow.parentRunId" not in run.data.tags]
+    assert [r.data.tags.get("mlflow.parentRunId") for r in runs if r.info.run_id != parent] == [parent] * 2
+    assert {run.info.status for run in runs} == {"FINISHED"}
+    assert client.get_model_version_by_alias("search", "current")

@@ -236,6 +236,7 @@ def test_a_database_server_that_is_away_is_noticed_at_once(query_file, map_confi
         tracker.end("FINISHED")
         assert len(tracker._outbox.journal.waiting) == 3
         assert "cannot be told (ConnectionRefusedError" in caplog.text
+        assert "://me:…@127.0.0.1" in caplog.text and "secret" not in caplog.text
         with pytest.raises(
             ConfigError, match=r"kang@current cannot be looked up: the database of --tracking-uri does not"
         ):
