@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 import time
+from contextlib import suppress
 from typing import Any
 
 import ray
@@ -77,5 +78,6 @@ class SayWaiting(ControllerCallback):
             there, free = ({name: has.get(name, 0.0) for name in self._needed} for has in _resources())
             found = Waiting(*self._workers, since, time.time(), self._needed, there, free)
             if found.lacks or (self._sure and found.lacks_now):
-                found.write(self._out)
+                with suppress(Exception):  # each object store's driver has errors of its own; the next one may arrive
+                    found.write(self._out)
         (self._out / "waiting.json").unlink(missing_ok=True)

@@ -11,7 +11,7 @@ import logging
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -94,13 +94,17 @@ def told_of_waiting(out: Place) -> Iterator[None]:
     finally:
         ended.set()
         thread.join()
-        (out / "waiting.json").unlink(missing_ok=True)
+        with suppress(Exception):  # one that stays is known by its age
+            (out / "waiting.json").unlink(missing_ok=True)
 
 
 def _follow(out: Place, ended: threading.Event) -> None:
     since = None
     while not ended.wait(_LOOK if isinstance(out, Path) else 3 * _LOOK):
-        found = waits_for(out, time.time())
+        try:
+            found = waits_for(out, time.time())
+        except Exception:  # noqa: BLE001 - a store that does not answer now; what the run does with it is told elsewhere
+            continue
         if found and since is None:
             log.warning("%s", found.told(out, time.time()))
         elif since is not None and not found:

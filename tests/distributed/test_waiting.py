@@ -115,4 +115,5 @@ def test_the_controller_s_states_and_the_room_decide(tmp_path, monkeypatch):
     becomes("RestartingState", "SchedulingState", lost)
     assert says(), "the cluster has no GPU"
     becomes("SchedulingState", "RunningState", lost)
+    assert not says()
     assert not says() and not list(tmp_path.iterdir())
