@@ -23,6 +23,7 @@ from scviaduct.distributed.saver import Saver
 from scviaduct.distributed.workers import Workers
 from scviaduct.errors import ConfigError, DataError
 from scviaduct.models.base import Model
+from scviaduct.models.memory import keep_freed
 from scviaduct.models.training import TrainingPlan
 from scviaduct.schema import MISSING, Batch
 from scviaduct.storage.labelled import LabelledPlan
@@ -52,6 +53,7 @@ def fit(
         ConfigError: sizes that cannot work together.
         DataError: the loss is not finite; names the step and cells.
     """
+    keep_freed()
     workers, hooks = workers or Workers.current(), hooks or Hooks()  # [1] which of how many processes this is
     plan = config.plan(model.training_plan, source.n_rows)
     train, held_out = samplers(model, source, config, plan.batch_size, workers)

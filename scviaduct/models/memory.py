@@ -1,11 +1,14 @@
-"""Large arrays whose memory is used again.
+"""Memory that is used again from step to step.
 
 What malloc gets from the system must be filled with zeros first, page by page, and goes back when it is freed: in a step of
-PeakVI with 50,000 regions the 134 MB of gradients cost up to 45 of 220 ms that way.
+PeakVI with 50,000 regions the 134 MB of gradients cost up to 45 of 220 ms that way, in one of SCVI with 1,024 cells and
+2,000 genes 4,000 pages 9 of 52.
 """
 
 from __future__ import annotations
 
+import ctypes
+import functools
 import math
 import threading
 import weakref
@@ -16,6 +19,21 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 _LARGE = 1 << 18  # numbers: below 1 MB malloc keeps the memory itself
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # names of glibc's malloc.h
+
+
+@functools.cache
+def keep_freed() -> None:
+    """Let glibc's malloc keep up to 512 MB that is free instead of returning it at once. Elsewhere nothing happens.
+
+    By itself it returns what is above 128 kB, or twice the largest array so far, up to 64 MB.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):  # musl, macOS, Windows
+        return
+    mallopt(_MMAP_THRESHOLD, 1 << 28)
+    mallopt(_TRIM_THRESHOLD, 1 << 29)
 
 
 class _Pool:
