@@ -159,6 +159,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """
     if len(weight) >= products.WIDE and _float32_on_cpu(x, weight):
         return products.wide_linear(x, weight, bias)
+    if len(x) * weight.numel() >= products.LARGE and _float32_on_cpu(x, weight):
+        return products.large_linear(x, weight, bias)
     return F.linear(x, weight, bias).to(weight.dtype)
 
 

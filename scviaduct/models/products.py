@@ -1,4 +1,4 @@
-"""Products with a last layer of many thousand outputs, by oneDNN where torch has it.
+"""Large matrix products, and those with a last layer of many thousand outputs, by oneDNN where torch has it.
 
 torch.mm is MKL's. On AMD's CPUs it took 1.2 to 1.3 times as long for these shapes (128 cells, 223 units, 1,024 of 50,000
 outputs at a time, one thread of an EPYC of 2022: 40, 48 and 41 ms for output, weight gradient and input gradient of all
@@ -18,17 +18,22 @@ from scviaduct.models.memory import empty
 WIDE = 1 << 14
 """Outputs from which on a layer is worth `wide_linear`."""
 
+LARGE = 1 << 25
+"""Multiplications from which on a product is worth `large_linear`: below, its Python costs what oneDNN saves."""
+
+_SMALL = 1 << 15  # numbers of a weight
 _BLOCK = 4096  # outputs whose gradient is turned around at a time, in the cache
 
 # The operator that torch.compile emits for a Linear; there is no other name for it.
 _ONEDNN = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
 
 
-def times_transposed(x: Tensor, w: Tensor) -> Tensor:
-    """X w^T of float32 matrices on a CPU; not differentiable."""
+def times_transposed(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
+    """X w^T (+ bias) of float32 matrices on a CPU; not differentiable."""
     if _ONEDNN is None or x.numel() == 0 or w.numel() == 0:
-        return torch.mm(x, w.T).to(x.dtype)  # torch.autocast would make it bfloat16
-    return _ONEDNN(x, w, None, "none", [], "")
+        y = torch.mm(x, w.T).to(x.dtype)  # torch.autocast would make it bfloat16
+        return y if bias is None else y + bias
+    return _ONEDNN(x, w, bias, "none", [], "")
 
 
 def back(slopes: Tensor, x_t: Tensor, rows: Tensor, by_x: Tensor | None, by_rows: Tensor | None) -> None:
@@ -43,8 +48,7 @@ class _WideLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
-        y = times_transposed(x, weight)
-        return y if bias is None else y.add_(bias)
+        return times_transposed(x, weight, bias)
 
     @staticmethod
     @once_differentiable
@@ -62,4 +66,30 @@ class _WideLinear(torch.autograd.Function):
 def wide_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """`x weight^T + bias` of float32 matrices on a CPU, differentiable."""
     y: Tensor = _WideLinear.apply(x, weight, bias)
+    return y
+
+
+class _LargeLinear(torch.autograd.Function):
+    """Output and input gradient by oneDNN, the weight's gradient by MKL, each where it is the faster one."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return times_transposed(x, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (x, weight), (wants_x, wants_weight, wants_bias) = ctx.saved_tensors, ctx.needs_input_grad
+        by_x = times_transposed(grad, weight.T) if wants_x else None
+        by_weight = None
+        if wants_weight:  # MKL wants the longer side last; the transposed result is copied, so it must be small
+            turned = len(weight) > weight.shape[1] and weight.numel() <= _SMALL
+            by_weight = torch.mm(x.T, grad).T if turned else torch.mm(grad.T, x)
+        return by_x, by_weight, grad.sum(0) if wants_bias else None
+
+
+def large_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`x weight^T + bias` of float32 matrices on a CPU, differentiable."""
+    y: Tensor = _LargeLinear.apply(x, weight, bias)
     return y

@@ -11,7 +11,7 @@ from scviaduct.models.likelihoods import KINDS, Decoded, reconstruction
 from scviaduct.models.mmd import mmd
 from scviaduct.models.nets import BatchNorm
 from scviaduct.models.noise import Noise
-from scviaduct.models.products import wide_linear
+from scviaduct.models.products import large_linear, wide_linear
 from scviaduct.models.proteins import Proteins, losses
 from tests.models.test_likelihoods import counts_of
 
@@ -76,10 +76,13 @@ FUNCTIONS = {
     **{kind: lambda kind=kind: likelihood(kind) for kind in KINDS},
     "bernoulli": accessibility,
     "sparse product": lambda: (lambda w: (counts().product(counts().log1p_values, w) ** 2).sum(), [draw(GENES, UNITS)]),
-    "wide linear": lambda: (
-        lambda x, w, b: (wide_linear(x, w, b) ** 2).sum(),
-        [draw(CELLS, UNITS), draw(GENES, UNITS), draw(GENES)],
-    ),
+    **{
+        layer.__name__: lambda layer=layer: (
+            lambda x, w, b: (layer(x, w, b) ** 2).sum(),
+            [draw(CELLS, UNITS), draw(GENES, UNITS), draw(GENES)],
+        )
+        for layer in (wide_linear, large_linear)
+    },
     "layer, batch norm": lambda: hidden_layer(True),
     "layer, layer norm": lambda: hidden_layer(False),
     "draw": lambda: (lambda p: sum((t**2).sum() for t in draw_and_kl(p, draw(CELLS, 3, UNITS), 1e-4)), [draw(CELLS, 3, 8)]),

@@ -4,7 +4,7 @@ import torch.nn.functional as F
 
 from scviaduct.models import products
 from scviaduct.models.nets import Linear
-from scviaduct.models.products import times_transposed, wide_linear
+from scviaduct.models.products import large_linear, times_transposed, wide_linear
 
 
 @pytest.mark.parametrize("onednn", [True, False])
@@ -19,14 +19,15 @@ def test_products_are_those_of_float64(monkeypatch, shape, onednn):
         torch.testing.assert_close(times_transposed(a, b), wide, rtol=1e-5, atol=1e-5 * k**0.5)
 
 
-@pytest.mark.parametrize("shape", [(70, 30, 9000), (1, 3, 5), (0, 3, 5)])
+@pytest.mark.parametrize("shape", [(70, 30, 9000), (90, 30, 60), (90, 60, 30), (1, 3, 5), (0, 3, 5)])
 @pytest.mark.parametrize("bias", [True, False])
-def test_a_wide_layer_has_the_gradients_of_torch_s(shape, bias):
+@pytest.mark.parametrize("layer", [wide_linear, large_linear])
+def test_a_layer_has_the_gradients_of_torch_s(layer, shape, bias):
     n, k, width = shape
     tensors = [torch.randn(n, k), torch.randn(width, k)] + [torch.randn(width)] * bias
     slopes = torch.randn(n, width)
     ours, wide = ([t.clone().to(d).requires_grad_() for t in tensors] for d in (torch.float32, torch.float64))
-    y = wide_linear(*ours) if bias else wide_linear(*ours, None)
+    y = layer(*ours) if bias else layer(*ours, None)
     expected = F.linear(*wide)
     torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=1e-4)
     y.backward(slopes)
@@ -45,7 +46,16 @@ def test_layers_of_many_outputs_are_wide_layers(monkeypatch):
         assert "WideLinear" not in type(layer.float()(x).grad_fn).__name__
 
 
-def test_only_wanted_gradients_of_a_wide_layer_are_made():
+def test_large_products_are_large_layers(monkeypatch):
+    monkeypatch.setattr(products, "LARGE", 5 * 3 * 8)
+    layer, x = Linear(3, 8), torch.randn(5, 3)
+    assert "LargeLinear" in type(layer(x).grad_fn).__name__
+    assert "LargeLinear" not in type(layer(x[1:]).grad_fn).__name__
+    assert "LargeLinear" not in type(layer.double()(x.double()).grad_fn).__name__
+
+
+@pytest.mark.parametrize("layer", [wide_linear, large_linear])
+def test_only_wanted_gradients_of_a_layer_are_made(layer):
     x, weight = torch.randn(4, 3, requires_grad=True), torch.randn(6, 3)
-    wide_linear(x, weight, None).sum().backward()
+    layer(x, weight, None).sum().backward()
     assert x.grad is not None and weight.grad is None
