@@ -239,7 +239,7 @@ def between(
     latent: NDArray[np.float32], labels: NDArray[np.int64] | None, n: int, rng: np.random.Generator
 ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
     labels = np.zeros(len(latent), np.int64) if labels is None else labels.astype(np.int64)
-    near = NearestNeighbors(n_neighbors=15).fit(latent).kneighbors(latent, return_distance=False)
+    near = NearestNeighbors(n_neighbors=16).fit(latent).kneighbors(latent, return_distance=False)[:, 1:]
     one = rng.integers(0, len(latent), n)
     other = near[one, rng.integers(0, 15, n)]
     gaps = latent[other] - latent[one]
