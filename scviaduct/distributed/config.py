@@ -311,6 +311,9 @@ class MapConfig:
     """Smallest share of the reference's genes a query must have."""
     n_neighbors: int = 50
     """Reference neighbours that vote for a label."""
+    exact_neighbors: bool = False
+    """Compare with every reference cell, whatever it costs. Default: beyond 200,000 labelled cells, with as many as 0.999
+    of the neighbours need."""
     max_uncertainty: float = 1.0
     """Cells with a larger uncertainty are labelled "Unknown"."""
     fit: Annotated[SurgeryConfig, Parameter(name="*")] = field(default_factory=SurgeryConfig)

@@ -74,6 +74,10 @@ class Mapped:
     """Cells whose own label was learnt from."""
     uncertainty: float = float("nan")
     """Mean uncertainty of the transferred labels."""
+    neighbor_recall: float = float("nan")
+    """Share of the true nearest reference cells that was found for a sample; 1 when all were compared."""
+    nprobe: int = 0
+    """Lists of reference cells that were looked at for each cell; 0 when all reference cells were compared."""
     epochs: int = 0
     seconds: float = 0.0
     message: str = ""
@@ -101,13 +105,14 @@ class Reference:
     """What every result says of its model and run."""
 
     @classmethod
-    def of(cls, bundle: Bundle, made_of: Mapping[str, str], n_neighbors: int) -> Reference:
+    def of(cls, bundle: Bundle, made_of: Mapping[str, str], config: MapConfig) -> Reference:
         """Read a bundle."""
         weights = {name: tensor.numpy() for name, tensor in bundle.weights().items()}
         latent, labels = bundle.latent(), bundle.labels()
         if bundle.schema.labels is None or latent is None or labels is None:
             return cls(bundle.facts, weights, None, made_of)
-        return cls(bundle.facts, weights, Neighbours(latent, labels, n_neighbors), made_of)
+        neighbours = Neighbours(latent, labels, config.n_neighbors, exact=config.exact_neighbors)
+        return cls(bundle.facts, weights, neighbours, made_of)
 
     def model(self) -> Model:
         """A model of its own."""
@@ -141,7 +146,7 @@ def map(
         tracker.start(f"map {config.out.name}", flat(options) | {"queries": len(paths)}, tags)
         with tracker.closing():
             results = []
-            reference = Reference.of(found.bundle, record_of_result(tags, tracker), config.n_neighbors)
+            reference = Reference.of(found.bundle, record_of_result(tags, tracker), config)
             for result in _results(reference, paths, config):
                 results.append(result)
                 _track(result, paths, tracker)
@@ -252,7 +257,7 @@ def _map_one(reference: Reference, path: Path, config: MapConfig) -> Mapped:
     columns = _columns(model, query, latent, labelled, config)
     if isinstance(adapted, SCANVI):
         columns["obs"] |= _classified(adapted, query, source)
-    made_of = {**reference.made_of, "query_sha256": query.sha256}
+    made_of = {**reference.made_of, "query_sha256": query.sha256} | _search_of(labelled)
     written = write_result(path, config.out / f"{path.stem}.h5ad", **columns, made_of=made_of)
     return Mapped(
         query=path.stem,
@@ -265,6 +270,8 @@ def _map_one(reference: Reference, path: Path, config: MapConfig) -> Mapped:
         proteins=len(model.schema.proteins),
         proteins_ignored=query.proteins.ignored if query.proteins else 0,
         uncertainty=round(float(labelled.uncertainty.mean()), 4) if labelled else float("nan"),
+        neighbor_recall=round(labelled.probe.recall, 6) if labelled else float("nan"),
+        nprobe=labelled.probe.nprobe if labelled else 0,
         labelled=int((query.batch.labels != MISSING).sum()),
         epochs=len(history),
         message=remark,
@@ -272,6 +279,13 @@ def _map_one(reference: Reference, path: Path, config: MapConfig) -> Mapped:
         query_sha256=query.sha256,
         result_sha256=file_digest(written),
     )
+
+
+def _search_of(labelled: Transferred | None) -> dict[str, str]:
+    """What a result says of the search for its neighbours."""
+    if labelled is None:
+        return {}
+    return {"neighbor_recall": f"{labelled.probe.recall:.6f}", "nprobe": str(labelled.probe.nprobe)}
 
 
 def _labelled(query: Query, model: Model, config: MapConfig) -> tuple[Query, str]:

@@ -13,12 +13,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from scviaduct.distributed.nearest import Nearest
+from scviaduct.distributed.knn import ALL, CellIndex, Probe
 from scviaduct.errors import ConfigError
 from scviaduct.schema import MISSING
 
-_SEARCHED = 1 << 16  # query cells at a time: 50 neighbours of each are 50 MB, and cells that lie close together many
-_VOTED = 4096  # query cells at a time: their weights for 500 labels are 16 MB
+_CHUNK = 4096  # query cells at a time: their weights for 500 labels are 16 MB
 
 
 @dataclass(frozen=True)
@@ -29,6 +28,8 @@ class Transferred:
     """(cells,) position among the categories."""
     uncertainty: NDArray[np.float32]
     """(cells,) in [0, 1]."""
+    probe: Probe = ALL
+    """How the neighbours were found."""
 
     def named(self, categories: Sequence[str], max_uncertainty: float = 1.0, unknown: str = "Unknown") -> NDArray[Any]:
         """(cells,) label names, `unknown` where the uncertainty exceeds `max_uncertainty`."""
@@ -40,38 +41,46 @@ class Transferred:
 class Neighbours:
     """The labelled cells of a reference, of (cells, n_latent) latents and (cells,) codes, as voters.
 
+    `exact` compares with every one of them; else beyond 200,000 about 0.999 of the neighbours are found (knn.py).
+
     Raises:
         ConfigError: no reference cell has a label.
         DataError: a latent is not a number.
     """
 
-    def __init__(self, latent: NDArray[np.float32], labels: NDArray[np.integer[Any]], n_neighbors: int = 50) -> None:
+    def __init__(
+        self,
+        latent: NDArray[np.float32],
+        labels: NDArray[np.integer[Any]],
+        n_neighbors: int = 50,
+        *,
+        exact: bool = False,
+    ) -> None:
         known = np.flatnonzero(labels != MISSING)
         if not len(known):
             raise ConfigError(
                 "No reference cell has a label, so none can be transferred; train with another --labels-key."
             )
-        self._cells, self._labels = Nearest(latent, known), labels
+        self._cells, self._labels = CellIndex(latent, known, exact=exact), labels
         self.n_labels = int(labels.max()) + 1
         self.n_neighbors = min(n_neighbors, len(known))
 
     def search(self, latent: NDArray[np.float32], threads: int = 1) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
         """Euclidean distances and reference rows, (cells, n_neighbors) each, nearest first."""
-        return self._cells.search(latent, self.n_neighbors, threads)
+        probe = self._cells.probe(latent, self.n_neighbors, threads)
+        return self._cells.search(latent, self.n_neighbors, probe, threads)
 
     def transfer(self, latent: NDArray[np.float32], threads: int = 1) -> Transferred:
         """The label of each query cell, (cells, n_latent) latents in; the same for any number of threads."""
         codes, uncertainty = np.zeros(len(latent), np.int64), np.zeros(len(latent), np.float32)
-        for start in range(0, len(latent), _SEARCHED):
-            distances, rows = self.search(latent[start : start + _SEARCHED], threads)
-            for first in range(0, len(rows), _VOTED):
-                some = slice(first, first + _VOTED)
-                share = self._shares(distances[some], rows[some])
-                out = slice(start + first, start + first + len(share))
-                codes[out] = share.argmax(1)  # ties go to the first category, as in scArches
-                # weights of unanimous neighbours sum to 1 up to rounding, never to more than 1 here
-                uncertainty[out] = np.clip(1 - share.max(1), 0, 1)
-        return Transferred(codes, uncertainty)
+        probe = self._cells.probe(latent, self.n_neighbors, threads)
+        for start in range(0, len(latent), _CHUNK):
+            some = slice(start, start + _CHUNK)
+            share = self._shares(*self._cells.search(latent[some], self.n_neighbors, probe, threads))
+            codes[some] = share.argmax(1)  # ties go to the first category, as in scArches
+            # weights of unanimous neighbours sum to 1 up to rounding, never to more than 1 here
+            uncertainty[some] = np.clip(1 - share.max(1), 0, 1)
+        return Transferred(codes, uncertainty, probe)
 
     def shares(self, latent: NDArray[np.float32]) -> NDArray[np.float64]:
         """Weight of every label, (cells, labels); rows sum to 1."""

@@ -1,15 +1,16 @@
 import os
 import warnings
+from functools import partial
 
 import anndata as ad
 import numpy as np
 import pandas as pd
 import pytest
 
-from scviaduct.distributed import transfer
+from scviaduct.distributed import knn, transfer
 from scviaduct.distributed.bundle import Bundle
+from scviaduct.distributed.knn import CellIndex
 from scviaduct.distributed.map import map
-from scviaduct.distributed.nearest import Nearest
 from scviaduct.errors import ConfigError, DataError, OutputExistsError, UnreadableFileError
 
 
@@ -17,6 +18,7 @@ def test_a_query_gets_embedding_labels_and_uncertainty(run, query_file, map_conf
     summary = map(run, [query_file], map_config(tmp_path / "mapped"))
     row = summary.iloc[0]
     assert (row["status"], row["cells"], row["mapped"], row["genes_matched"]) == ("mapped", 150, 149, 290)
+    assert (row["neighbor_recall"], row["nprobe"]) == (1, 0)
     assert 0 < row["epochs"] <= 5 and row["seconds"] > 0
     source, result = ad.read_h5ad(query_file), ad.read_h5ad(tmp_path / "mapped" / "query.h5ad")
     assert result.obs_names.equals(source.obs_names) and result.var_names.equals(source.var_names)
@@ -109,6 +111,19 @@ def test_uncertain_cells_are_called_unknown(run, query_file, map_config, tmp_pat
     np.testing.assert_array_equal(mapped["cell_type_pred"] == "Unknown", mapped["cell_type_uncertainty"] > 0)
 
 
+def test_how_neighbours_were_searched_is_told(run, query_file, map_config, tmp_path, monkeypatch):
+    """As in a reference of more than 200,000 cells, for a query of more than 256."""
+    monkeypatch.setattr(transfer, "CellIndex", partial(CellIndex, all_pairs=0))
+    monkeypatch.setattr(knn, "_SAMPLE", 100)
+    monkeypatch.setattr(knn, "_EIGHTH", 1)
+    monkeypatch.setattr(knn, "_FEWEST", 1)
+    for name, exact in (("lists", False), ("exact", True)):
+        row = map(run, [query_file], map_config(tmp_path / name, exact_neighbors=exact)).iloc[0]
+        told = ad.read_h5ad(tmp_path / name / "query.h5ad").uns["scviaduct"]
+        assert (float(told["neighbor_recall"]), int(told["nprobe"])) == (row["neighbor_recall"], row["nprobe"])
+        assert 0.999 <= row["neighbor_recall"] <= 1 and (row["nprobe"] == 0) == exact
+
+
 def test_reusing_the_reference_s_batches_trains_nothing(run, studies, map_config, tmp_path):
     summary = map(run, [studies[0]], map_config(tmp_path / "mapped", reuse_batches=True))
     assert summary["epochs"][0] == 0
@@ -122,7 +137,7 @@ def test_ray_tasks_give_what_one_process_gives(
     run, query_file, biology, map_config, tmp_path, ray_cluster, monkeypatch
 ):
     made = []
-    monkeypatch.setattr(transfer, "Nearest", lambda *args: made.append(1) or Nearest(*args))
+    monkeypatch.setattr(transfer, "CellIndex", lambda *args, **options: made.append(1) or CellIndex(*args, **options))
     other = tmp_path / "second.h5ad"
     biology.study(11, 80).write_h5ad(other)
     files = [query_file, broken(tmp_path / "normalised.h5ad", biology, "normalised"), other]
@@ -134,4 +149,4 @@ def test_ray_tasks_give_what_one_process_gives(
         a, b = (ad.read_h5ad(tmp_path / side / f"{name}.h5ad") for side in ("one", "two"))
         np.testing.assert_array_equal(a.obsm["X_scVI"], b.obsm["X_scVI"])
         pd.testing.assert_frame_equal(a.obs, b.obs)
-    assert len(made) == 2  # the reference's cells are put in order once a mapping, not once a query
+    assert len(made) == 2  # the reference's index is made once a mapping, not once a query

@@ -1,18 +1,25 @@
 import pickle
+from functools import partial
 
+import faiss
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.spatial.distance import cdist
 
-from scviaduct.distributed.nearest import Nearest
+from scviaduct.distributed import transfer
+from scviaduct.distributed.knn import ALL, CellIndex, Probe
 from scviaduct.distributed.transfer import Neighbours
 from scviaduct.errors import DataError
 
 
 def everyone(latent):
-    return Nearest(latent, np.arange(len(latent)))
+    return CellIndex(latent, np.arange(len(latent)))
+
+
+def in_lists(latent):
+    return CellIndex(latent, np.arange(len(latent)), all_pairs=0)
 
 
 def by_force(reference, query, k):
@@ -59,7 +66,7 @@ def test_only_the_rows_that_are_given_are_found():
     latent, some = rng.normal(size=(2000, 5)).astype(np.float32), np.flatnonzero(rng.random(2000) < 0.3)
     latent[np.setdiff1d(np.arange(2000), some)] = np.nan
     query = rng.normal(size=(50, 5)).astype(np.float32)
-    distances, rows = Nearest(latent, some).search(query, 9)
+    distances, rows = CellIndex(latent, some).search(query, 9)
     want, want_rows = by_force(latent[some], query, 9)
     np.testing.assert_array_equal(rows, some[want_rows])
     np.testing.assert_allclose(distances, want, rtol=1e-12)
@@ -71,7 +78,7 @@ def test_neighbours_do_not_depend_on_threads_company_or_order():
     reference, query = cells[:5000], cells[5000:]
     one = everyone(reference).search(query, 20)
     for threads in (2, 5):
-        for a, b in zip(one, everyone(reference).search(query, 20, threads), strict=True):
+        for a, b in zip(one, everyone(reference).search(query, 20, threads=threads), strict=True):
             np.testing.assert_array_equal(a, b)
     alone = [everyone(reference).search(query[i : i + 1], 20) for i in (0, 17, 999)]
     for i, (distances, rows) in zip((0, 17, 999), alone, strict=True):
@@ -96,7 +103,7 @@ def test_a_neighbour_that_float32_puts_beyond_the_last_is_found():
 def test_cells_that_are_all_the_same(n):
     reference = np.full((n, 3), 0.25, np.float32)
     k = min(n, 40)
-    distances, rows = everyone(reference).search(reference[:70], k)
+    distances, rows = everyone(reference).search(reference[:70], k)  # rounding could matter: no matrix products
     assert (distances == 0).all()
     np.testing.assert_array_equal(rows, np.tile(np.arange(k), (len(distances), 1)))
 
@@ -111,6 +118,15 @@ def test_far_off_queries_have_their_nearest_cells():
     np.testing.assert_allclose(np.take_along_axis(cdist(query, reference), rows, 1), distances, rtol=1e-12)
 
 
+def test_cells_far_from_zero_have_their_nearest_cells():
+    """|x|² + |y|² - 2xy is off by 0.5 here, more than the distances differ by."""
+    cells = np.random.default_rng(10).normal(size=(3040, 6)).astype(np.float32) + np.float32(1000)
+    reference, query = cells[:3000], cells[3000:]
+    distances, _ = everyone(reference).search(query, 10)
+    want, _ = by_force(reference, query, 10)
+    np.testing.assert_allclose(distances, want, rtol=1e-12)
+
+
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, 1e16])
 def test_latents_that_are_no_numbers_are_refused(bad):
     good = np.zeros((200, 2), np.float32)
@@ -123,22 +139,85 @@ def test_latents_that_are_no_numbers_are_refused(bad):
     Neighbours(wrong, np.where(np.arange(200) == 150, -1, 0)).transfer(good)  # unlabelled cells are nobody's neighbours
 
 
-def test_another_process_finds_the_same():
+@pytest.mark.parametrize("all_pairs", [200_000, 0])
+def test_another_process_finds_the_same(all_pairs, monkeypatch):
+    monkeypatch.setattr(transfer, "CellIndex", partial(CellIndex, all_pairs=all_pairs))
     rng = np.random.default_rng(3)
-    cells = clustered(rng, 1000, 4)
-    here = Neighbours(cells, rng.integers(0, 5, 1000).astype(np.int32), 15)
+    cells = clustered(rng, 5000, 4)
+    here = Neighbours(cells, rng.integers(0, 5, 5000).astype(np.int32), 15)
     there = pickle.loads(pickle.dumps(here))  # noqa: S301 - as Ray sends it
-    a, b = here.transfer(cells[:99]), there.transfer(cells[:99], threads=2)
+    a, b = here.transfer(cells[:999]), there.transfer(cells[:999], threads=2)
+    assert a.probe == b.probe and (a.probe.nprobe == 0) == bool(all_pairs)
     np.testing.assert_array_equal(a.codes, b.codes)
     np.testing.assert_array_equal(a.uncertainty, b.uncertainty)
 
 
-def test_most_boxes_are_left_out_where_cells_form_groups():
-    """What makes it quick; without it all 78 boxes of each of the groups would be looked at."""
-    rng = np.random.default_rng(4)
-    reference = clustered(rng, 10_000, 8, 0.05, kinds=40)
-    nearest, query = everyone(reference), clustered(np.random.default_rng(4), 64, 8, 0.05, kinds=40)
-    distances, _ = nearest.search(query, 15)
-    gaps = np.maximum(np.maximum(nearest._low - query[:, None], query[:, None] - nearest._high), 0)
-    within = np.sqrt((gaps**2).sum(-1)) <= distances[:, -1:]
-    assert within.mean() < 0.2
+def test_lists_find_nearly_all_where_cells_form_groups_and_say_how_many():
+    cells = clustered(np.random.default_rng(5), 23_000, 6, 0.3, kinds=30)
+    reference, query = cells[:20_000], cells[20_000:]
+    index, exact = in_lists(reference), everyone(reference)
+    probe = index.probe(query, 15)
+    assert 0 < probe.nprobe <= index.n_lists // 8 and 0.999 <= probe.recall < 1
+    found, truth = index.search(query, 15, probe), exact.search(query, 15)
+    shared = [len(np.intersect1d(a, b)) / 15 for a, b in zip(found[1], truth[1], strict=True)]
+    assert np.mean(shared) == pytest.approx(probe.recall, abs=0.001)
+    assert exact.probe(query, 15) == ALL
+    assert CellIndex(reference, np.arange(20_000), exact=True, all_pairs=0).probe(query, 15) == ALL
+
+
+def test_more_lists_are_looked_at_where_few_find_too_little():
+    cells = clustered(np.random.default_rng(5), 23_000, 6, 0.4, kinds=30)
+    assert in_lists(cells[:20_000]).probe(cells[20_000:], 15).nprobe == 32
+
+
+def test_a_cloud_without_groups_is_searched_exactly():
+    cells = np.random.default_rng(6).normal(size=(21_000, 30)).astype(np.float32)
+    reference, query = cells[:20_000], cells[20_000:]
+    index = in_lists(reference)
+    with_few = index.search(query, 15, Probe(16, 0.0))
+    distances, _ = everyone(reference).search(query, 15)
+    assert (with_few[0] <= distances[:, -1:]).mean() < 0.9  # what the recall protects from
+    assert index.probe(query, 15) == ALL
+    voters = Neighbours(reference, np.zeros(20_000, np.int32), 15)
+    voters._cells = index
+    assert voters.transfer(query).probe == ALL
+    np.testing.assert_array_equal(voters.search(query)[0], distances)
+
+
+def test_a_small_query_is_searched_exactly():
+    cells = clustered(np.random.default_rng(7), 5000, 4)
+    assert in_lists(cells).probe(cells[:256], 15) == ALL and in_lists(cells).probe(cells, 15) != ALL
+
+
+def test_lists_and_what_they_find_do_not_depend_on_threads_or_company():
+    before = faiss.omp_get_max_threads(), faiss.cvar.distance_compute_blas_threshold
+    cells = clustered(np.random.default_rng(8), 12_000, 10, kinds=30) + np.float32(1000)  # where products are rounded
+    reference, query = cells[:10_000], cells[10_000:]
+    one = in_lists(reference)
+    faiss.omp_set_num_threads(4)
+    other = in_lists(reference)
+    assert faiss.omp_get_max_threads() == 4
+    faiss.omp_set_num_threads(before[0])
+    np.testing.assert_array_equal(one._lists, other._lists)
+    want = one.search(query, 5, Probe(1, 0.0))
+    for threads in (2, 5):
+        assert one.probe(query, 5, threads) == one.probe(query, 5)
+        for a, b in zip(want, one.search(query, 5, Probe(1, 0.0), threads), strict=True):
+            np.testing.assert_array_equal(a, b)
+    for i in range(50):
+        for a, b in zip(want, one.search(query[i : i + 1], 5, Probe(1, 0.0)), strict=True):
+            np.testing.assert_array_equal(a[i : i + 1], b)
+    assert (faiss.omp_get_max_threads(), faiss.cvar.distance_compute_blas_threshold) == before
+
+
+def test_lists_with_too_few_cells_are_no_answer():
+    """FAISS then says row -1; such cells are compared with all."""
+    cells = clustered(np.random.default_rng(9), 3000, 4, kinds=100)
+    index, probe = in_lists(cells), Probe(1, 0.0)
+    want, rows = everyone(cells).search(cells[:500], 400)
+    found, found_rows = index.search(cells[:500], 400, probe)
+    np.testing.assert_array_equal(found, want)  # a list of 109 has fewer than 400
+    np.testing.assert_array_equal(found_rows, rows)
+    voters = Neighbours(cells, np.where(np.arange(3000) == 2999, 1, 0).astype(np.int32), 400)
+    voters._cells = index  # row -1 would be the last cell, the only one with label 1
+    assert (voters.transfer(cells[:500]).codes == 0).all()
