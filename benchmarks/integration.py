@@ -1,12 +1,13 @@
 #!/usr/bin/env python3
 """Quality of the latent space beside scvi-tools: the same cells, genes, options and epochs, scored by scib-metrics.
 
-    python benchmarks/integration.py DATA --scorer-python SCIB/bin/python [--cases kang-scvi,…] [--seeds 3]
+    python benchmarks/integration.py DATA --scorer-python SCIB/bin/python [--cases kang-scvi,…] [--seeds 3] [--same-start]
 
 DATA is a folder with the h5ad files named in CASES. SCIB is an environment with scib-metrics, which needs JAX. Both
 train with their own defaults for everything but the epochs and batches of 128 cells, on genes that ours chose (seurat_v3 per batch).
 Every latent space of a case is scored in one call, raw values, no scaling. Printed are, for each metric, the mean and
-the standard deviation over the seeds of both, and their difference.
+the standard deviation over the seeds of both, and their difference. PeakVI and PoissonVI end in one of several solutions,
+which their first weights decide: with --same-start ours begins with those that scvi-tools made for the seed.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import warnings
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -74,6 +76,9 @@ def main() -> None:
     parser.add_argument("--scorer-python", help="interpreter with scib-metrics")
     parser.add_argument("--cases", default=",".join(CASES))
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument(
+        "--same-start", action="store_true", help="peakvi, poissonvi: the first weights are scvi-tools'"
+    )
     parser.add_argument("--json", type=Path, help="file for one JSON line a case")
     parser.add_argument("--score", type=Path, help=argparse.SUPPRESS)
     a = parser.parse_args()
@@ -102,8 +107,12 @@ def run(case: Case, a: argparse.Namespace, folder: Path) -> pd.DataFrame:
     cells = joined(case, paths, list(view.genes))
     spaces = {}
     for seed in range(a.seeds):
-        spaces[f"ours {seed}"] = ours(case, view, cells, folder, seed)
-        spaces[f"theirs {seed}"] = theirs(case, cells, seed)
+        model = their_model(case, cells, seed)
+        start = deepcopy(model.module.state_dict()) if a.same_start else None
+        spaces[f"theirs {seed}"] = theirs(case, model)
+        spaces[f"ours {seed}"] = (
+            ours(case, view, cells, folder, seed) if start is None else fitted(case, view, cells, start, seed)
+        )
     scored = ad.AnnData(obs=cells.obs[[case.labels_key]].rename(columns={case.labels_key: "label"}))
     scored.obs["batch"] = cells.obs[case.batch_key] if case.batch_key else "one"
     scored.obsm.update(spaces)
@@ -174,6 +183,23 @@ def ours(case: Case, view, cells: ad.AnnData, folder: Path, seed: int) -> np.nda
     return latent
 
 
+def fitted(case: Case, view, cells: ad.AnnData, start: dict, seed: int) -> np.ndarray:
+    """As `ours`, with the weights that scvi-tools starts with."""
+    from scviaduct.distributed.config import FitConfig
+    from scviaduct.distributed.loop import embedded, fit
+    from scviaduct.models import model_class
+    from scviaduct.models.upstream import load_upstream
+    from scviaduct.models.upstream_peaks import load_peakvi
+
+    kind, schema = model_class(case.model), view.schema(batch_key=case.batch_key or "dataset")
+    model, source = kind(schema, kind.Config()), view.source(schema)
+    {"peakvi": load_peakvi, "poissonvi": load_upstream}[case.model](model, start)
+    fit(model, source, FitConfig(max_epochs=case.epochs, batch_size=128, seed=seed))
+    latent = np.full((cells.n_obs, model.config.n_latent), np.nan, np.float32)
+    latent[places(view, cells)] = embedded(model, source)
+    return latent
+
+
 def trained(case: Case, view, out: Path, seed: int, epochs: int, model: str | None = None, **options):
     from scviaduct.distributed.config import FitConfig, TrackingConfig, TrainConfig
     from scviaduct.distributed.train import train
@@ -200,14 +226,13 @@ def places(view, cells: ad.AnnData) -> np.ndarray:
     return starts[np.array(order)[dataset]] + row
 
 
-def theirs(case: Case, cells: ad.AnnData, seed: int) -> np.ndarray:
+def their_model(case: Case, cells: ad.AnnData, seed: int):
     import scvi
     from scvi.external import POISSONVI
 
     scvi.settings.verbosity = logging.ERROR
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     scvi.settings.seed = seed
-    quiet = {"enable_progress_bar": False, "accelerator": "cpu"}
     data = cells.copy()
     key = case.batch_key
     if case.model == "totalvi":
@@ -222,6 +247,13 @@ def theirs(case: Case, cells: ad.AnnData, seed: int) -> np.ndarray:
     else:
         scvi.model.SCVI.setup_anndata(data, batch_key=key)
         model = scvi.model.SCVI(data)
+    return model
+
+
+def theirs(case: Case, model) -> np.ndarray:
+    import scvi
+
+    quiet = {"enable_progress_bar": False, "accelerator": "cpu"}
     if case.model == "scanvi":
         model.train(max_epochs=2 * case.epochs, batch_size=128, **quiet)
         model = scvi.model.SCANVI.from_scvi_model(model, unlabeled_category="Unknown", labels_key=HIDDEN)
