@@ -69,13 +69,8 @@ def wide_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return y
 
 
-class _LargeLinear(torch.autograd.Function):
+class _LargeLinear(_WideLinear):
     """Output and input gradient by oneDNN, the weight's gradient by MKL, each where it is the faster one."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        return times_transposed(x, weight, bias)
 
     @staticmethod
     @once_differentiable
