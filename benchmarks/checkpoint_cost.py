@@ -22,6 +22,7 @@ import torch
 from peaks_speed import batch_of, cells
 
 from scviaduct.distributed.checkpoint import Checkpoints, Progress
+from scviaduct.distributed.optimizer import Adam, Group
 from scviaduct.distributed.saver import Saver
 from scviaduct.models.peakvi import PeakVI
 from scviaduct.schema import Covariate, Schema
@@ -38,13 +39,13 @@ def main() -> None:
     [x] = cells(a.regions, 128, 1500, 1)
     batch = batch_of(x, torch.arange(128).numpy() % 2)
     model = PeakVI(Schema(genes=tuple(map(str, range(a.regions))), batch=Covariate("batch", ("a", "b"))))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    optimizer = Adam([Group(model.parameters(), 1e-4)], "AdamW", eps=1e-8, weight_decay=0.01)
     times: dict[str, list[float]] = {"none": [], "beside": [], "waited for": []}
     copies: list[float] = []
 
     def steps(n: int) -> None:
         for _ in range(n):
-            optimizer.zero_grad(set_to_none=True)
+            optimizer.zero_grad()
             model(batch, kl_weight=1.0).loss.backward()
             optimizer.step()
 

@@ -17,6 +17,7 @@ from safetensors.torch import load, load_file, save_file
 from torch import Tensor, nn
 
 from scviaduct.distributed.files import remove_folder, whole_folder
+from scviaduct.distributed.optimizer import Adam
 from scviaduct.storage.manifest import read_json, write_json_atomic
 from scviaduct.storage.places import Place
 
@@ -76,11 +77,15 @@ class Checkpoint:
         return sum(t.nbytes for part in (self.model, self.optimizer, self.best) for t in part.values())
 
 
-def state_of(optimizer: torch.optim.Optimizer, progress: Progress, sums: Tensor, position: int) -> dict[str, Any]:
+def state_of(optimizer: Adam, progress: Progress, sums: Tensor, position: int) -> dict[str, Any]:
     """What state.json holds after `position` global steps; `sums` are those of all ranks."""
     plain = {name: getattr(progress, name) for name in _PLAIN} | {"history": list(progress.history)}
-    lr = optimizer.param_groups[0]["lr"]
-    return plain | {"sums": sums.tolist(), "lr": lr, "position": position, "best_so_far": progress.improved}
+    return plain | {
+        "sums": sums.tolist(),
+        "lr": optimizer.groups[0].lr,
+        "position": position,
+        "best_so_far": progress.improved,
+    }
 
 
 @dataclass(frozen=True)
@@ -123,20 +128,21 @@ class Checkpoints:
 
     def finished(self, model: nn.Module) -> Progress:
         """Load a finished run's weights, under early stopping those of the best epoch, into the model."""
-        progress = self.restore(model, torch.optim.Adam(model.parameters()), self.newest(), rank=0)
+        progress = self.restore(model, None, self.newest(), rank=0)
         if progress.best_weights:
             model.load_state_dict(progress.best_weights)
         return progress
 
-    def restore(self, model: nn.Module, optimizer: torch.optim.Optimizer, position: int, rank: int) -> Progress:
-        """Load the checkpoint after `position` steps into the model and the optimizer; position 0 is a fresh start."""
+    def restore(self, model: nn.Module, optimizer: Adam | None, position: int, rank: int) -> Progress:
+        """Load the checkpoint after `position` steps into the model and the optimizer, if any; position 0 is a fresh start."""
         if not position:
             return Progress()
         folder = self.folder / f"step-{position:09d}"
         state = read_json(folder / _STATE)
         model.load_state_dict(_tensors(folder / "model.safetensors"))
-        _restore_optimizer(optimizer, _tensors(folder / "optimizer.safetensors"))
-        optimizer.param_groups[0]["lr"] = state["lr"]
+        if optimizer is not None:
+            optimizer.load(_tensors(folder / "optimizer.safetensors"))
+            optimizer.groups[0].lr = state["lr"]
         best = folder / "best.safetensors"
         return Progress(
             **{name: state[name] for name in _PLAIN},
@@ -152,17 +158,3 @@ def _position(folder: Place) -> int:
 
 def _tensors(file: Place) -> Tensors:
     return load_file(file) if isinstance(file, Path) else load(file.read_bytes())
-
-
-def optimizer_tensors(optimizer: torch.optim.Optimizer) -> Tensors:
-    """What the optimizer remembers of each parameter, by number of the parameter and name."""
-    state = optimizer.state_dict()["state"]
-    return {f"{index}.{name}": value for index, slot in state.items() for name, value in slot.items()}
-
-
-def _restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Tensors) -> None:
-    state: dict[int, Tensors] = {}
-    for key, value in tensors.items():
-        index, name = key.split(".", 1)
-        state.setdefault(int(index), {})[name] = value
-    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})

@@ -8,7 +8,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -19,6 +18,7 @@ from scviaduct.distributed.celllog import CellLog
 from scviaduct.distributed.checkpoint import Progress
 from scviaduct.distributed.config import FitConfig
 from scviaduct.distributed.gradients import backward, evaluate
+from scviaduct.distributed.optimizer import Adam, Group
 from scviaduct.distributed.saver import Saver
 from scviaduct.distributed.workers import Workers
 from scviaduct.errors import ConfigError, DataError
@@ -69,7 +69,7 @@ def fit(
         with loader.epoch(progress.epoch, first) as batches:
             for batch in batches:
                 kl_weight = plan.kl_weight(progress.epoch, progress.epoch * train.steps + progress.step)
-                optimizer.zero_grad(set_to_none=True)
+                optimizer.zero_grad()
                 sums = backward(net, batch, kl_weight, train.rows_at(progress.step), workers, config)
                 _require_finite(sums, progress, batch)
                 if config.gradient_clip:
@@ -83,7 +83,7 @@ def fit(
                     _save(hooks, model, optimizer, progress, train, workers)  # [4] sums are everybody's, rank 0 writes
 
         seconds = time.perf_counter() - watch
-        record = _means(workers.total(progress.sums), "_train") | {"kl_weight": kl_weight, "lr": _lr(optimizer)}
+        record = _means(workers.total(progress.sums), "_train") | {"kl_weight": kl_weight, "lr": optimizer.groups[0].lr}
         if held_out:
             record |= _means(evaluate(model, source, held_out, workers, config), "_validation")
         record |= {"epoch": progress.epoch, "seconds": seconds, "data_wait": batches.waited / seconds}
@@ -101,15 +101,14 @@ def fit(
     return progress
 
 
-def optimizer_of(model: Model, plan: TrainingPlan) -> torch.optim.Optimizer:
+def optimizer_of(model: Model, plan: TrainingPlan) -> Adam:
     """The plan's optimizer over the model's parameters; those of its opponent keep a learning rate of their own."""
-    kind = {"Adam": torch.optim.Adam, "AdamW": torch.optim.AdamW}[plan.optimizer]
     apart = list(model.opponent.parameters()) if model.opponent else []
     own = {id(p) for p in apart}
-    groups: list[dict[str, Any]] = [{"params": [p for p in model.parameters() if id(p) not in own]}]
+    groups = [Group((p for p in model.parameters() if id(p) not in own), plan.lr)]
     if model.opponent:
-        groups.append({"params": apart, "lr": model.opponent.lr})
-    return kind(groups, lr=plan.lr, eps=plan.eps, weight_decay=plan.weight_decay, fused=True)
+        groups.append(Group(apart, model.opponent.lr))
+    return Adam(groups, plan.optimizer, eps=plan.eps, weight_decay=plan.weight_decay)
 
 
 def labelled(model: Model, source: BlockSource, train: Sampler) -> LabelledPlan | None:
@@ -173,10 +172,6 @@ def _means(sums: Tensor, suffix: str) -> dict[str, float]:
     return {name + suffix: value / cells for name, value in means.items()}
 
 
-def _lr(optimizer: torch.optim.Optimizer) -> float:
-    return float(optimizer.param_groups[0]["lr"])
-
-
 def _require_finite(sums: Tensor, progress: Progress, batch: Batch) -> None:
     if not bool(torch.isfinite(sums).all()):
         raise DataError(
@@ -186,7 +181,7 @@ def _require_finite(sums: Tensor, progress: Progress, batch: Batch) -> None:
         )
 
 
-def _restored(hooks: Hooks, model: Model, optimizer: torch.optim.Optimizer, workers: Workers) -> Progress:
+def _restored(hooks: Hooks, model: Model, optimizer: Adam, workers: Workers) -> Progress:
     """Go on at the checkpoint that rank 0 finds: others may see a file system that is shared a moment later."""
     if not hooks.saver:
         return Progress()
@@ -206,9 +201,7 @@ def _due(hooks: Hooks, progress: Progress, train: Sampler, workers: Workers) -> 
     return bool(workers.total(torch.tensor([float(mine)])) > 0)
 
 
-def _save(
-    hooks: Hooks, model: Model, optimizer: torch.optim.Optimizer, progress: Progress, train: Sampler, workers: Workers
-) -> None:
+def _save(hooks: Hooks, model: Model, optimizer: Adam, progress: Progress, train: Sampler, workers: Workers) -> None:
     if not hooks.saver:
         return
     sums = workers.total(progress.sums.clone())
@@ -216,9 +209,7 @@ def _save(
         hooks.saver.save(model, optimizer, progress, sums, progress.epoch * train.steps + progress.step)
 
 
-def _judge(
-    progress: Progress, record: dict[str, float], plan: TrainingPlan, model: Model, optimizer: torch.optim.Optimizer
-) -> None:
+def _judge(progress: Progress, record: dict[str, float], plan: TrainingPlan, model: Model, optimizer: Adam) -> None:
     """Early stopping and learning-rate plateau, from the held-out cells (the training cells where none are)."""
     name = plan.early_stopping_monitor
     value = record.get(f"{name}_validation", record[f"{name}_train"])
@@ -233,7 +224,7 @@ def _judge(
     progress.finished = plan.early_stopping and stale >= plan.early_stopping_patience
     if plan.reduce_lr_on_plateau and progress.plateau_epochs > plan.lr_patience:
         progress.plateau_epochs = 0
-        optimizer.param_groups[0]["lr"] *= plan.lr_factor
+        optimizer.groups[0].lr *= plan.lr_factor
 
 
 def embedded(model: Model, source: BlockSource) -> NDArray[np.float32]:

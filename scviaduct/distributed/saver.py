@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from scviaduct.distributed.cadence import Every
-from scviaduct.distributed.checkpoint import Checkpoint, Checkpoints, Progress, Tensors, optimizer_tensors, state_of
+from scviaduct.distributed.checkpoint import Checkpoint, Checkpoints, Progress, Tensors, state_of
+from scviaduct.distributed.optimizer import Adam
 from scviaduct.errors import IncompleteError
 from scviaduct.storage.manifest import disk_is_full
 from scviaduct.storage.places import Place
@@ -47,7 +48,7 @@ class Saver:
         if error is None:
             self.check()
 
-    def restored(self, model: nn.Module, optimizer: torch.optim.Optimizer, position: int, rank: int) -> Progress:
+    def restored(self, model: nn.Module, optimizer: Adam, position: int, rank: int) -> Progress:
         """Go on at a checkpoint of the store, or at the start; the rank that writes also cleans up."""
         if rank == 0:
             self.store.remove_unfinished()
@@ -81,9 +82,7 @@ class Saver:
         since = self._last_best if improved else self._last
         return time.monotonic() - since[0] >= (self.every.seconds or 0.0)
 
-    def save(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer, progress: Progress, sums: Tensor, position: int
-    ) -> None:
+    def save(self, model: nn.Module, optimizer: Adam, progress: Progress, sums: Tensor, position: int) -> None:
         """Copy the state after `position` global steps, and have it written; `sums` are those of all ranks.
 
         Raises:
@@ -92,7 +91,7 @@ class Saver:
         self.wait()
         checkpoint = Checkpoint(
             self._copied("model", model.state_dict()),
-            self._copied("optimizer", optimizer_tensors(optimizer)),
+            self._copied("optimizer", optimizer.tensors()),
             {name: t.cpu() for name, t in progress.best_weights.items()},  # a new dict at each improvement: no copy
             state_of(optimizer, progress, sums, position),
         )

@@ -13,6 +13,7 @@ from torch import nn
 
 from scviaduct.distributed.cadence import Every
 from scviaduct.distributed.checkpoint import Checkpoints, Progress
+from scviaduct.distributed.optimizer import Adam, Group
 from scviaduct.distributed.saver import Saver
 from scviaduct.errors import ConfigError, IncompleteError
 
@@ -22,7 +23,7 @@ NOTHING = torch.zeros(4)
 def made(seed=0, width=4):
     torch.manual_seed(seed)
     model = nn.Sequential(nn.Linear(3, width), nn.BatchNorm1d(width), nn.Linear(width, 1))
-    return model, torch.optim.Adam(model.parameters(), lr=1e-2, fused=True)
+    return model, Adam([Group(model.parameters(), 1e-2)], "Adam", eps=1e-8, weight_decay=0.0)
 
 
 def steps(model, optimizer, n):
@@ -74,12 +75,12 @@ def test_going_on_from_a_checkpoint_equals_never_having_stopped(store):
 def test_the_learning_rate_is_restored(tmp_path):
     model, optimizer = made()
     steps(model, optimizer, 1)
-    optimizer.param_groups[0]["lr"] = 1e-5
+    optimizer.groups[0].lr = 1e-5
     with Saver(Checkpoints(tmp_path)) as saver:
         saver.save(model, optimizer, Progress(), NOTHING, 1)
     other, other_optimizer = made()
     Checkpoints(tmp_path).restore(other, other_optimizer, 1, 0)
-    assert other_optimizer.param_groups[0]["lr"] == 1e-5
+    assert other_optimizer.groups[0].lr == 1e-5
 
 
 def test_the_newest_are_kept_and_the_last_of_a_best_epoch(store):
@@ -220,15 +221,15 @@ _ENDLESS = """
 import os, sys, itertools, torch
 from torch import nn
 from scviaduct.distributed.checkpoint import Checkpoints, Progress
+from scviaduct.distributed.optimizer import Adam, Group
 from scviaduct.distributed.saver import Saver
 torch.set_num_threads(1)
-torch.optim.Adam(nn.Linear(1, 1).parameters())  # so that not every child loads half of torch
 store = Checkpoints(__import__("pathlib").Path(sys.argv[1]))
 for line in sys.stdin:
     child = os.fork()
     if not child:
         model = nn.Linear(3, 400_000)
-        optimizer = torch.optim.Adam(model.parameters())
+        optimizer = Adam([Group(model.parameters(), 1e-3)], "Adam", eps=1e-8, weight_decay=0.0)
         saver = Saver(store, keep=2)
         saver.restored(model, optimizer, store.newest(), 0)
         for position in itertools.count(store.newest() + 1):
@@ -263,7 +264,7 @@ def test_a_kill_while_it_is_written_leaves_the_one_before(tmp_path):
             reached = position
             for name in store.names():
                 at = int(name.name[5:])
-                assert store.restore(model, torch.optim.Adam(model.parameters()), at, 0).step == at
+                assert store.restore(model, None, at, 0).step == at
                 assert (model.weight == at).all() and (model.bias == at).all()
     assert torn  # some kills did fall into the writing
 

@@ -126,10 +126,10 @@ def test_the_plan_is_scvi_tools(cite_atlas):
     assert (plan.lr, plan.batch_size, plan.n_steps_kl_warmup) == (4e-3, 256, 750)
     assert plan.early_stopping and plan.reduce_lr_on_plateau
     model = TotalVI(View.open(cite_atlas).schema(batch_key="study", proteins=True))
-    first, second = optimizer_of(model, plan).param_groups
-    assert (first["lr"], second["lr"]) == (4e-3, 1e-3)
-    assert {id(p) for p in second["params"]} == {id(p) for p in model.adversary.parameters()}
-    assert len(first["params"]) + len(second["params"]) == len(list(model.parameters()))
+    first, second = optimizer_of(model, plan).groups
+    assert (first.lr, second.lr) == (4e-3, 1e-3)
+    assert {id(p) for p in second.parameters} == {id(p) for p in model.adversary.parameters()}
+    assert len(first.parameters) + len(second.parameters) == len(list(model.parameters()))
 
 
 @pytest.mark.parametrize("missing", [False, True])
