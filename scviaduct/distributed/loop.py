@@ -5,6 +5,7 @@ What distribution adds to it are the four numbered marks; everything else is the
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -173,7 +174,7 @@ def _means(sums: Tensor, suffix: str) -> dict[str, float]:
 
 
 def _require_finite(sums: Tensor, progress: Progress, batch: Batch) -> None:
-    if not bool(torch.isfinite(sums).all()):
+    if not math.isfinite(sum(sums.tolist())):
         raise DataError(
             f"The loss became {float(sums[0])} at epoch {progress.epoch}, step {progress.step} (cells at rows "
             f"{batch.rows[:5].tolist()}… of the view). The last checkpoint is intact. Usual causes: a learning rate that "

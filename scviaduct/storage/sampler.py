@@ -185,7 +185,7 @@ class Sampler:
         if self.n_kept == 0:
             raise ConfigError(f"The {self.part} part of {self.n_rows} rows is empty at fraction {self.split.fraction}.")
 
-    @property
+    @cached_property
     def n_blocks(self) -> int:
         """Number of blocks."""
         return -(-self.n_rows // self.block_rows)
@@ -255,7 +255,12 @@ class Sampler:
 
     def rows_at(self, step: int) -> int:
         """Cells in the global batch of a step, over all ranks."""
-        return int((self.borders(step + 1) - self.borders(step)).sum())
+        _, lengths, phases = self._lanes
+        n = self.steps
+        return sum(
+            ((step + 1) * length + phase) // n - (step * length + phase) // n
+            for length, phase in zip(lengths.tolist(), phases.tolist(), strict=True)
+        )
 
     def shares(self, steps: range, rank: int = 0, world_size: int = 1) -> NDArray[np.int64]:
         """(steps, lanes of the rank) cells that each lane gives to each of some neighbouring steps."""
