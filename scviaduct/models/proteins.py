@@ -1,21 +1,46 @@
-"""The proteins of totalVI: what its decoders say of them, the losses of their counts, and counts drawn from the model."""
+"""The proteins of totalVI: what its decoders say of them, the losses of their counts, and counts drawn from the model.
+
+On CPUs the losses are one autograd node that fills the gradients along with them (protein_kernels); other devices and
+float64 use torch's operations of the same formulas.
+"""
 
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from scviaduct.models import protein_kernels as kernels
+from scviaduct.models.autograd import once_differentiable
+from scviaduct.models.counts import use_threads
 from scviaduct.models.draws import negative_binomial
+from scviaduct.models.layer_kernels import within
 from scviaduct.models.likelihoods import over_cells
 from scviaduct.models.nets import Gaussian
 from scviaduct.models.noise import Noise
 
 _EPS = 1e-8
+
+
+class PerBatch(NamedTuple):
+    """What the cells of a batch share, (batches, proteins) each."""
+
+    codes: Tensor
+    """(cells,) the batch of each cell."""
+    log_efficiency: Tensor
+    prior_mean: Tensor
+    """Of the log background rate."""
+    prior_log_std: Tensor
+    log_phi: Tensor
+    """Inverse dispersion; or (proteins,) for all batches."""
+
+    def of_cells(self, table: Tensor) -> Tensor:
+        """(cells, proteins) rows of the cells' batches; (proteins,) stays as it is."""
+        return F.embedding(self.codes, table) if table.dim() > 1 else table
 
 
 class Proteins(NamedTuple):
@@ -29,13 +54,7 @@ class Proteins(NamedTuple):
     """Logit of the foreground rate over the background rate."""
     mixing: Tensor
     """Logit of the probability of background."""
-    log_efficiency: Tensor
-    """Of the cell's batch."""
-    log_phi: Tensor
-    """Inverse dispersion: (proteins,) or (cells, proteins)."""
-    prior_mean: Tensor
-    """Of the log background rate in the cell's batch."""
-    prior_log_std: Tensor
+    batches: PerBatch
     exp_std: bool
     """Whether exp makes the standard deviation positive, not softplus."""
 
@@ -48,7 +67,18 @@ class Proteins(NamedTuple):
     @property
     def prior(self) -> torch.distributions.Normal:
         """p(log background | s)."""
-        return torch.distributions.Normal(self.prior_mean, torch.exp(self.prior_log_std))
+        mean, log_std = (self.batches.of_cells(t) for t in (self.batches.prior_mean, self.batches.prior_log_std))
+        return torch.distributions.Normal(mean, torch.exp(log_std))
+
+    @property
+    def log_efficiency(self) -> Tensor:
+        """Of the cell's batch."""
+        return self.batches.of_cells(self.batches.log_efficiency)
+
+    @property
+    def log_phi(self) -> Tensor:
+        """Inverse dispersion: (proteins,) or (cells, proteins)."""
+        return self.batches.of_cells(self.batches.log_phi)
 
     @property
     def foreground(self) -> Tensor:
@@ -67,27 +97,94 @@ class ProteinLosses(NamedTuple):
     """(cells,), detached; see `background_kl`."""
 
 
-def losses(py: Proteins, y: Tensor, seen: Tensor, noise: Tensor) -> ProteinLosses:
+def losses(py: Proteins, y: Tensor, measured: Tensor, noise: Tensor) -> ProteinLosses:
     """Losses of counts y at a draw of the background.
 
     Args:
         py: what the model says.
         y: (cells, proteins) counts.
-        seen: (cells, proteins) whether they were measured.
+        measured: (batches, proteins) whether they were counted.
         noise: (cells, proteins) standard normal numbers that draw the background.
+
+    Raises:
+        IndexError: a cell's batch is none of those.
+        ValueError: shapes that do not fit together.
     """
+    if y.device.type == "cpu" and y.dtype == py.mixing.dtype == torch.float32:
+        given = _Given(y, measured, noise, py.batches.codes, py.exp_std)
+        _check(py, given)
+        return ProteinLosses(*_Losses.apply(given, *py[:4], *py.batches[1:]))
     mean, std = py.background
+    seen = measured[py.batches.codes]
     likelihood = torch.where(seen, mixture_nll(y, torch.addcmul(mean, std, noise), py), 0.0).sum(1)
     kl = background_kl(py, seen)
     return ProteinLosses(over_cells(likelihood + kl), likelihood.detach(), kl.detach())
 
 
+class _Given(NamedTuple):
+    """What is not differentiated."""
+
+    y: Tensor
+    measured: Tensor
+    noise: Tensor
+    codes: Tensor
+    exp_std: bool
+
+
+def _check(py: Proteins, given: _Given) -> None:
+    """The kernel reads and writes without asking again."""
+    cells, batches = tuple(given.y.shape), tuple(given.measured.shape)
+    right = all(tuple(t.shape) == cells for t in (*py[:4], given.noise)) and given.codes.shape == cells[:1]
+    right &= all(tuple(t.shape) == batches for t in py.batches[1:4]) and batches[1:] == cells[1:]
+    if not right or tuple(py.batches.log_phi.shape) not in (batches, batches[1:]):
+        raise ValueError(f"Counts are {cells}, panels {batches}: what is said of the proteins has other shapes")
+    if not within(given.codes.numpy(), batches[0]):
+        raise IndexError(f"codes up to {int(given.codes.max())}, but {batches[0]} batches")
+
+
+class _Losses(torch.autograd.Function):
+    """The kernel fills the gradients along with the losses; backward only scales them."""
+
+    @staticmethod
+    def forward(ctx: Any, given: _Given, *said: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        cells, width = given.y.shape
+        likelihood, kl = torch.empty(cells), torch.empty(cells)
+        by_cell = torch.empty(2, 4, cells * width)
+        codes = given.codes.numpy()
+        tables = [np.atleast_2d(t.detach().numpy()) for t in said[4:]]
+        flat = (t.detach().reshape(-1).numpy() for t in (*said[:4], given.y, given.noise))
+        shared = kernels.Shared(given.measured.numpy(), codes, *tables)
+        out = kernels.Results(1.0 / max(1, cells), likelihood.numpy(), kl.numpy(), *by_cell.numpy())
+        _run(kernels.Said(given.exp_std, *flat), shared, out)
+        totals = [torch.zeros_like(t) for t in said[4:]]
+        for total, rows in zip(totals, out.shared, strict=True):
+            kernels.add_up(rows, codes, np.atleast_2d(total.numpy()))
+        ctx.save_for_backward(by_cell[0].view(4, cells, width), *totals)
+        ctx.mark_non_differentiable(likelihood, kl)
+        return over_cells(likelihood + kl), likelihood, kl
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        by_cell, *totals = (g * grad for g in ctx.saved_tensors)
+        return (None, *by_cell, *totals)
+
+
+def _run(said: kernels.Said, shared: kernels.Shared, out: kernels.Results) -> None:
+    chunks = max(1, len(out.kl) // kernels.CELLS_PER_CHUNK)
+    alone = chunks == 1 or use_threads(len(out.kl)) == 1
+    (kernels.losses if alone else kernels.losses_parallel)(said, shared, out, chunks)
+
+
 def background_kl(py: Proteins, seen: Tensor) -> Tensor:
     """(cells,) KL of the background to its prior, the efficiencies' prior, and the pull towards foreground."""
-    q, log_std = py.background, py.prior_log_std
-    distance = (q.std**2 + (q.mean - py.prior_mean) ** 2) * torch.exp(-2 * log_std)
+    q, per_batch = py.background, py.batches
+    mean, log_std, efficiency = (
+        per_batch.of_cells(t) for t in (per_batch.prior_mean, per_batch.prior_log_std, per_batch.log_efficiency)
+    )
+    distance = (q.std**2 + (q.mean - mean) ** 2) * torch.exp(-2 * log_std)
     kl = log_std - torch.log(q.std) + 0.5 * (distance - 1.0)
-    efficiency = py.log_efficiency + 0.5 * py.log_efficiency**2 + 0.5 * math.log(2 * math.pi)
+    efficiency = efficiency + 0.5 * efficiency**2 + 0.5 * math.log(2 * math.pi)
     return (torch.where(seen, kl, 0.0) + efficiency + 1e-3 * F.softplus(-py.mixing)).sum(1)
 
 

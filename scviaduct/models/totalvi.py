@@ -34,7 +34,7 @@ from scviaduct.models.draws import draw_counts
 from scviaduct.models.likelihoods import Decoded, over_cells, reconstruction
 from scviaduct.models.nets import Affine, Blocks, CategoricalLinear, Columns, FCLayers, Gaussian, Hidden, Linear, reset
 from scviaduct.models.noise import Noise
-from scviaduct.models.proteins import Proteins, background_kl, drawn, losses, mixture_nll
+from scviaduct.models.proteins import PerBatch, Proteins, background_kl, drawn, losses, mixture_nll
 from scviaduct.models.scvi import PLACES
 from scviaduct.models.training import TrainingPlan
 from scviaduct.schema import Batch, Schema
@@ -261,15 +261,13 @@ class TotalVI(Model):
         explicit = self.schema.size_factor is not None
         library = torch.log(cells.size_factor if explicit else cells.counts.total)
         px = Decoded(rna["scale"], library, _rows(self.px_r, codes), mixing.get("zi"), explicit)
+        per_batch = (self.log_efficiency, self.background_mean, self.background_log_std, self.py_r)
         py = Proteins(
             back["log_alpha"],
             back["log_beta"],
             fore["scale"],
             mixing["background"],
-            _rows(self.log_efficiency, codes),
-            _rows(self.py_r, codes),
-            _rows(self.background_mean, codes),
-            _rows(self.background_log_std, codes),
+            PerBatch(codes[0], *(_table(t) for t in per_batch)),
             self.config.background_std == "exp",
         )
         return px, py
@@ -282,7 +280,7 @@ class TotalVI(Model):
         z = qz.sample(noise)
         px, py = self.generative(z, cells, noise)
         rec = reconstruction(self.config.gene_likelihood, cells.counts, px)
-        proteins = losses(py, cells.proteins, self.measured[cells.codes[0]], noise.normal(py.mixing.shape[1]))
+        proteins = losses(py, cells.proteins, self.measured, noise.normal(py.mixing.shape[1]))
         kl_z = qz.kl()
         loss = rec.mean + kl_weight * (proteins.mean + over_cells(kl_z))
         likelihood, kl = proteins.likelihood.sum(), (kl_z.detach() + proteins.kl).sum()
@@ -338,8 +336,12 @@ class TotalVI(Model):
             return self.inference(Cells.of(batch, self.schema, self.device), None)
 
 
-def _rows(table: nn.Module | Tensor, codes: Sequence[Tensor]) -> Tensor:
+def _table(module: nn.Module | Tensor) -> Tensor:
+    """A number per feature, or a row of them per batch."""
+    return cast(Tensor, module.table() if isinstance(module, Columns) else module)
+
+
+def _rows(module: nn.Module | Tensor, codes: Sequence[Tensor]) -> Tensor:
     """A number per feature, or the row of each cell's batch."""
-    if not isinstance(table, Columns):
-        return cast(Tensor, table)
-    return F.embedding(codes[0], cast(Tensor, table.table()))
+    table = _table(module)
+    return F.embedding(codes[0], table) if table.dim() > 1 else table
