@@ -13,6 +13,7 @@ from scviaduct.models.nets import BatchNorm
 from scviaduct.models.noise import Noise
 from scviaduct.models.products import large_linear, wide_linear
 from scviaduct.models.proteins import PerBatch, Proteins, losses
+from scviaduct.models.statistics import normalised_over_processes
 from tests.models.test_likelihoods import counts_of
 
 CELLS, GENES, UNITS = 6, 20, 4
@@ -86,8 +87,20 @@ FUNCTIONS = {
     "draw": lambda: (lambda p: sum((t**2).sum() for t in draw_and_kl(p, draw(CELLS, 3, UNITS), 1e-4)), [draw(CELLS, 3, 8)]),
     "density": lambda: (lambda p, z: (log_density(p, z, 1e-4) ** 2).sum(), [draw(CELLS, 3, 8), draw(CELLS, UNITS)]),
     "mmd": lambda: (lambda x: mmd(x, torch.arange(CELLS) % 2), [draw(CELLS, UNITS)]),
+    "batch norm of all processes": lambda: (
+        lambda x, w, b: (normalised_over_processes(x, w, b, 1e-3)[0] ** 3).sum(),
+        [draw(CELLS, UNITS), draw(UNITS), 1 + draw(UNITS)],
+    ),
     "proteins": protein_losses,
 }  # fmt: skip
+
+
+@pytest.fixture(scope="module", autouse=True)
+def process_group():
+    """One process that speaks to itself."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
 
 
 @pytest.fixture(params=FUNCTIONS, ids=list(FUNCTIONS))
