@@ -21,6 +21,7 @@ from scviaduct.errors import DataError
 from scviaduct.models.autograd import once_differentiable
 from scviaduct.models.likelihood_kernels import Nonzeros
 from scviaduct.models.memory import empty
+from scviaduct.models.vectormath import RELAXED, log, lost
 from scviaduct.schema import MISSING, Batch, Schema
 
 TRANSFORMS = ("log1p", "counts", "binary")
@@ -141,6 +142,19 @@ def _totals(indptr: NDArray[np.int64], values: NDArray[np.float32]) -> NDArray[n
     return out
 
 
+@numba.njit(nogil=True, cache=True, error_model="numpy", fastmath=RELAXED)
+def _log1p(indptr: NDArray[np.int64], values: NDArray[np.float32], scale: NDArray[np.float32]) -> NDArray[np.float32]:
+    """log(1 + value * the cell's scale)."""
+    out = np.empty(values.size, np.float32)
+    for i in range(scale.size):
+        own, at = out[indptr[i] : indptr[i + 1]], values[indptr[i] : indptr[i + 1]]
+        for j in range(own.size):
+            x = at[j] * scale[i]
+            u = np.float32(1.0) + x
+            own[j] = log(u) + lost(x, u) / u
+    return out
+
+
 class _SparseProduct(torch.autograd.Function):
     """values @ weight; the gradient of the weight runs over the transposed values, gene by gene."""
 
@@ -188,9 +202,8 @@ class Counts:
     @cached_property
     def log1p_share_values(self) -> NDArray[np.float32]:
         """(nnz,) log(1 + count / (1 + the cell's mean count over all genes)): totalVI's encoder input."""
-        scale = 1.0 / (1.0 + self.total.cpu() / self.n_genes)
-        per_value = torch.repeat_interleave(scale, torch.from_numpy(np.diff(self.nonzeros.indptr)))
-        return torch.log1p(torch.from_numpy(self.nonzeros.counts).float() * per_value).numpy()
+        scale = (1.0 / (1.0 + self.total.cpu() / self.n_genes)).numpy()
+        return _log1p(self.nonzeros.indptr, self.nonzeros.counts.astype(np.float32, copy=False), scale)
 
     def values(self, transform: str) -> NDArray[np.float32]:
         """(nnz,) what one of TRANSFORMS makes of the counts."""

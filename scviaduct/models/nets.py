@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from scviaduct.models import products
+from scviaduct.models import products, rows
 from scviaduct.models.counts import Cells, Counts
 from scviaduct.models.fused import Values, normalised_and_rectified
 from scviaduct.models.noise import Noise
@@ -165,9 +165,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _float32_on_cpu(*tensors: Tensor) -> bool:
-    return not torch.is_autocast_enabled("cpu") and all(
-        t.dim() == 2 and t.dtype == torch.float32 and t.device.type == "cpu" for t in tensors
-    )
+    right = all(t.dim() == 2 and t.dtype == torch.float32 and t.device.type == "cpu" for t in tensors)
+    return right and not torch.is_autocast_enabled("cpu")
 
 
 class Linear(nn.Linear):
@@ -194,8 +193,7 @@ class Affine(nn.Module):
 
     def forward(self, x: Any, codes: Sequence[Tensor]) -> Tensor:
         """The input of (cells) and a (cells,) code per covariate to (cells, width)."""
-        h = self.product(x)
-        return self.columns(h if self.bias is None else h + self.bias, codes)
+        return self.values(x, codes).dense()
 
 
 class CategoricalLinear(Affine):
@@ -216,6 +214,8 @@ class CategoricalLinear(Affine):
 
     def forward(self, x: Tensor, codes: Sequence[Tensor]) -> Tensor:
         """(cells, inputs) and a (cells,) code per covariate to (cells, width)."""
+        if x.shape[0] * len(self.weight) >= rows.LARGE and _float32_on_cpu(x, self.weight):
+            return rows.added(self.values(x, codes))
         return self.columns(linear(x, self.weight, self.bias), codes)
 
 

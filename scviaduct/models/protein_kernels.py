@@ -253,13 +253,3 @@ def losses_parallel(said: Said, shared: Shared, out: Results, chunks: int) -> No
     of_phi = _of_phi(shared.log_phi, shared.codes)
     for chunk in numba.prange(chunks):
         _chunk(said, shared, of_phi, out, np.int64(chunk), chunks)
-
-
-@numba.njit(nogil=True, cache=True, error_model="numpy")
-def add_up(by_cell: Row, codes: NDArray[np.int64], total: Row) -> None:
-    """Add the (cells * proteins,) gradients to the (batches, proteins) or (1, proteins) ones."""
-    width = total.shape[1]
-    for i in range(codes.size):
-        row = total[codes[i] if len(total) > 1 else 0]
-        for p in range(width):
-            row[p] += by_cell[i * width + p]

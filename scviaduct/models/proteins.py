@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from scviaduct.models import protein_kernels as kernels
+from scviaduct.models import row_kernels
 from scviaduct.models.autograd import once_differentiable
 from scviaduct.models.counts import use_threads
 from scviaduct.models.draws import negative_binomial
@@ -158,7 +159,7 @@ class _Losses(torch.autograd.Function):
         _run(kernels.Said(given.exp_std, *flat), shared, out)
         totals = [torch.zeros_like(t) for t in said[4:]]
         for total, rows in zip(totals, out.shared, strict=True):
-            kernels.add_up(rows, codes, np.atleast_2d(total.numpy()))
+            row_kernels.add_up(rows.reshape(cells, width), codes, np.atleast_2d(total.numpy()))
         ctx.save_for_backward(by_cell[0].view(4, cells, width), *totals)
         ctx.mark_non_differentiable(likelihood, kl)
         return over_cells(likelihood + kl), likelihood, kl

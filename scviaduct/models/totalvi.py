@@ -31,6 +31,7 @@ from scviaduct.models.adversary import Adversary
 from scviaduct.models.base import COUNTS, GENES, Losses, Model, Offer, Quantity, Scores, require, require_range
 from scviaduct.models.counts import Cells
 from scviaduct.models.draws import draw_counts
+from scviaduct.models.gaussians import draw_and_kl
 from scviaduct.models.likelihoods import Decoded, over_cells, reconstruction
 from scviaduct.models.nets import Affine, Blocks, CategoricalLinear, Columns, FCLayers, Gaussian, Hidden, Linear, reset
 from scviaduct.models.noise import Noise
@@ -248,8 +249,12 @@ class TotalVI(Model):
 
     def inference(self, cells: Cells, noise: Noise | None) -> Gaussian:
         """q(z | x, y)."""
-        mean, log_var = self.mean_and_log_var(self.encoder(cells, cells.codes, noise)).chunk(2, dim=1)
+        mean, log_var = self._posterior(cells, noise).chunk(2, dim=1)
         return Gaussian(mean, torch.sqrt(torch.exp(log_var) + _VAR_EPS))
+
+    def _posterior(self, cells: Cells, noise: Noise | None) -> Tensor:
+        """(cells, 2 * latent) means and log variances of q(z | x, y)."""
+        return self.mean_and_log_var(self.encoder(cells, cells.codes, noise))
 
     def generative(self, z: Tensor, cells: Cells, noise: Noise | None) -> tuple[Decoded, Proteins]:
         """p(x | z, s) and what makes p(y | z, b, s), from z (cells, latent)."""
@@ -276,12 +281,10 @@ class TotalVI(Model):
         """The negative ELBO of a batch."""
         cells = Cells.of(batch, self.schema, self.device)
         noise = noise or Noise(batch.seeds, self.device)
-        qz = self.inference(cells, noise)
-        z = qz.sample(noise)
+        z, kl_z = draw_and_kl(self._posterior(cells, noise), noise.normal(self.config.n_latent), _VAR_EPS)
         px, py = self.generative(z, cells, noise)
         rec = reconstruction(self.config.gene_likelihood, cells.counts, px)
         proteins = losses(py, cells.proteins, self.measured, noise.normal(py.mixing.shape[1]))
-        kl_z = qz.kl()
         loss = rec.mean + kl_weight * (proteins.mean + over_cells(kl_z))
         likelihood, kl = proteins.likelihood.sum(), (kl_z.detach() + proteins.kl).sum()
         extra = {"proteins": (kl_weight - 1.0) * likelihood}

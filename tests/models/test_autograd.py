@@ -13,6 +13,7 @@ from scviaduct.models.nets import BatchNorm
 from scviaduct.models.noise import Noise
 from scviaduct.models.products import large_linear, wide_linear
 from scviaduct.models.proteins import PerBatch, Proteins, losses
+from scviaduct.models.rows import added
 from scviaduct.models.statistics import normalised_over_processes
 from tests.models.test_likelihoods import counts_of
 
@@ -82,6 +83,10 @@ FUNCTIONS = {
         )
         for layer in (wide_linear, large_linear)
     },
+    "rows": lambda: (
+        lambda h, table: (added(Values(h * 1.0, table, torch.arange(CELLS) % 2)) * draw(CELLS, UNITS)).sum(),
+        [draw(CELLS, UNITS), draw(2, UNITS)],
+    ),
     "layer, batch norm": lambda: hidden_layer(True),
     "layer, layer norm": lambda: hidden_layer(False),
     "draw": lambda: (lambda p: sum((t**2).sum() for t in draw_and_kl(p, draw(CELLS, 3, UNITS), 1e-4)), [draw(CELLS, 3, 8)]),

@@ -1,3 +1,4 @@
+import copy
 import dataclasses
 
 import numpy as np
@@ -7,6 +8,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from scviaduct.errors import DataError
+from scviaduct.models import row_kernels, rows
 from scviaduct.models.counts import Cells
 from scviaduct.models.nets import BatchNorm, CategoricalLinear, Columns, CountsLinear, Gaussian, Hidden, HiddenLayer
 
@@ -174,3 +176,41 @@ def test_two_processes_normalise_over_the_union_of_their_cells(tmp_path, shares)
     for name in ("mean", "var", "layer mean", "layer var"):
         torch.testing.assert_close(a[name], alone[name])
         assert torch.equal(a[name], b[name])
+
+
+@pytest.mark.parametrize("categories", [(), (1,), (5,), (5, 1, 3)], ids=str)
+@pytest.mark.parametrize("grows", [False, True], ids=["reference", "query"])
+def test_rows_added_in_place_are_torch_s(categories, grows):
+    """A large layer in float32, whose rows a kernel adds, and in float64 by torch's operations."""
+    layer, cells = CategoricalLinear(7, 900, categories), 600
+    codes, results = [torch.randint(0, n, (cells,)) for n in categories], []
+    if grows and categories:
+        layer.columns[0].extend(2)
+    x, upstream = torch.randn(cells, 7), torch.randn(cells, 900)
+    assert cells * 900 >= rows.LARGE
+    for dtype in (torch.float32, torch.float64):
+        net, given = copy.deepcopy(layer).to(dtype), x.to(dtype, copy=True).requires_grad_()
+        y = net(given, codes)
+        assert ("_Added" in y.grad_fn.name()) == (dtype == torch.float32)
+        y.backward(upstream.to(dtype))
+        results.append([y.detach(), given.grad, *(p.grad for p in net.parameters())])
+    for ours, expected in zip(*results, strict=True):
+        torch.testing.assert_close(ours.double(), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_threads_do_not_change_the_sums_of_rows():
+    h, codes, results = torch.randn(700, 900).numpy(), torch.randint(0, 4, (700,)).numpy(), []
+    before = torch.get_num_threads()
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        table = np.zeros((4, 900), np.float32)
+        row_kernels.add_up(h, codes, table)
+        results.append(table)
+    torch.set_num_threads(before)
+    assert np.array_equal(*results)
+
+
+def test_codes_without_a_row_are_refused_before_a_kernel_reads_them():
+    layer = CategoricalLinear(2, rows.LARGE, (3,))
+    with pytest.raises(IndexError, match="codes up to 3, but 3 categories"):
+        layer(torch.randn(1, 2), [torch.tensor([3])])
