@@ -15,15 +15,21 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+from scviaduct.models import layer_gradients as gradients
 from scviaduct.models import layer_kernels as kernels
 from scviaduct.models.autograd import once_differentiable
-from scviaduct.models.counts import use_threads
+from scviaduct.models.chunks import chunks_of, run
 from scviaduct.models.memory import empty
 from scviaduct.models.noise import BITS, Kept
 from scviaduct.models.statistics import several_processes, union
 
 if TYPE_CHECKING:
     from scviaduct.models.nets import BatchNorm
+
+_MOMENTS = kernels.moments, kernels.moments_parallel
+_FORWARD = kernels.forward, kernels.forward_parallel
+_SUMS = gradients.sums, gradients.sums_parallel
+_BACKWARD = gradients.backward, gradients.backward_parallel
 
 
 class Values(NamedTuple):
@@ -52,6 +58,7 @@ class Values(NamedTuple):
 class _Step(NamedTuple):
     """How a layer goes on from its values."""
 
+    source: kernels.Source
     kind: int
     moments: NDArray[np.float32]
     """(2, width) mean and variance per unit, for a norm by column."""
@@ -69,9 +76,10 @@ class _Layer(torch.autograd.Function):
     def forward(
         ctx: Any, h: Tensor, added: Tensor, codes: Tensor, weight: Tensor | None, bias: Tensor | None, step: _Step
     ) -> Tensor:
-        dropout, out = _dropout(step.kept), empty(len(codes), h.shape[1])
+        rows, width = codes.shape[0], h.shape[1]
+        dropout, out = _dropout(step.kept), empty(rows, width)
         ctx.norm, ctx.rows, ctx.kept = _norm(step, weight, bias), step.rows, dropout.kept
-        _run("forward", _source(h, added, codes), ctx.norm, dropout, out.numpy(), kernels.chunks_of(len(codes)))
+        run(_FORWARD, step.source, ctx.norm, dropout, out.numpy(), chunks_of(rows))
         ctx.save_for_backward(h, added, codes, out)
         return out
 
@@ -79,19 +87,20 @@ class _Layer(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         h, added, codes, out = ctx.saved_tensors
-        source, chunks, width = _source(h, added, codes), kernels.chunks_of(len(codes)), h.shape[1]
+        source, chunks, width = _source(h, added, codes), chunks_of(codes.shape[0]), h.shape[1]
         sums, pull = np.zeros((2, 2, width), np.float32)
-        dh, dadded = empty(*h.shape), empty(len(added) * ctx.needs_input_grad[1], width)
-        back = kernels.Back(grad.contiguous().numpy(), out.numpy(), sums, pull, dh.numpy(), dadded.numpy())
+        dh, dadded = empty(*h.shape), empty(added.shape[0] * ctx.needs_input_grad[1], width)
+        parts = np.empty((chunks, *added.shape), np.float32)
+        back = gradients.Back(grad.contiguous().numpy(), out.numpy(), sums, pull, parts, dh.numpy(), dadded.numpy())
         by_norm = ctx.needs_input_grad[3] or ctx.needs_input_grad[4]
-        if ctx.rows or by_norm:
-            _run("sums", source, ctx.norm, ctx.kept, back, ctx.rows, chunks)
+        if ctx.rows or by_norm or gradients.put_together_by_sums(source, ctx.norm):
+            run(_SUMS, source, ctx.norm, ctx.kept, back, ctx.rows, chunks)
             if ctx.rows and several_processes():
                 dist.all_reduce(torch.from_numpy(pull))
-        _run("backward", source, ctx.norm, ctx.kept, back, chunks)
+        run(_BACKWARD, source, ctx.norm, ctx.kept, back, chunks)
         dweight = torch.from_numpy(sums[1] / np.sqrt(ctx.norm.variance + ctx.norm.eps)) if by_norm else None
         dbias = torch.from_numpy(sums[0]) if by_norm else None
-        return dh, dadded if len(dadded) else None, None, dweight, dbias, None
+        return dh, dadded if dadded.shape[0] else None, None, dweight, dbias, None
 
 
 def normalised_and_rectified(
@@ -103,25 +112,26 @@ def normalised_and_rectified(
         IndexError: a code has no row.
         ValueError: batch norm over one row, which has no variance.
     """
-    if not kernels.within(values.codes.numpy(), len(values.added)):  # the kernels do not ask
+    source = _source(*values)
+    if not kernels.within(source.codes, source.added.shape[0]):  # the kernels do not ask
         raise IndexError(f"codes up to {int(values.codes.max())}, but {len(values.added)} categories")
     if batch_norm is None:
         kind = kernels.BY_ROW if layer_norm else kernels.AS_IT_IS
-        step = _Step(kind, np.zeros((2, values.h.shape[1]), np.float32), 0, 1.0, negative_slope, kept)
+        step = _Step(source, kind, np.zeros((2, values.h.shape[1]), np.float32), 0, 1.0, negative_slope, kept)
         return _Layer.apply(*values, None, None, step)
     if batch_norm.training and not batch_norm.frozen:
-        moments, rows = _moments(values)
+        moments, rows = _moments(source)
         batch_norm.observe(torch.from_numpy(moments), rows)
     else:
         moments, rows = np.stack([batch_norm.running_mean.numpy(), batch_norm.running_var.numpy()]), 0
-    step = _Step(kernels.BY_COLUMN, moments, rows, batch_norm.eps, negative_slope, kept)
+    step = _Step(source, kernels.BY_COLUMN, moments, rows, batch_norm.eps, negative_slope, kept)
     return _Layer.apply(*values, batch_norm.weight, batch_norm.bias, step)
 
 
-def _moments(values: Values) -> tuple[NDArray[np.float32], int]:
+def _moments(source: kernels.Source) -> tuple[NDArray[np.float32], int]:
     """(2, width) mean and variance of the rows of all processes, and how many they are."""
-    rows, moments = len(values.codes), np.empty((2, values.h.shape[1]), np.float32)
-    _run("moments", _source(*values), *moments, kernels.chunks_of(rows))
+    rows, moments = source.codes.size, np.empty((2, source.h.shape[1]), np.float32)
+    run(_MOMENTS, source, *moments, chunks_of(rows))
     if several_processes():
         together, rows = union(torch.from_numpy(moments), rows)
         moments = together.numpy()
@@ -131,7 +141,7 @@ def _moments(values: Values) -> tuple[NDArray[np.float32], int]:
 
 
 def _source(h: Tensor, added: Tensor, codes: Tensor) -> kernels.Source:
-    spread = len(codes) // max(1, len(h))
+    spread = codes.shape[0] // max(1, h.shape[0])
     return kernels.Source(h.detach().contiguous().numpy(), added.detach().contiguous().numpy(), codes.numpy(), spread)
 
 
@@ -150,9 +160,3 @@ def _dropout(kept: Kept | None) -> kernels.Dropout:
         return kernels.Dropout(np.zeros(0, np.uint64), 0, 1, np.uint64(0), np.float32(1.0))
     least = np.uint64(max(0, math.ceil(float(np.float32(kept.p)) * 2.0**BITS - 0.5)))
     return kernels.Dropout(kept.seeds, kept.draw, kept.labels, least, np.float32(1.0 / (1.0 - kept.p)))
-
-
-def _run(name: str, *arguments: Any) -> None:
-    """Call a kernel, whose last argument is the number of chunks; its parallel version where there are several."""
-    alone = arguments[-1] == 1 or use_threads(arguments[-1] * kernels.ROWS_PER_CHUNK) == 1
-    getattr(kernels, name if alone else f"{name}_parallel")(*arguments)

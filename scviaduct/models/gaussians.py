@@ -14,6 +14,7 @@ from torch import Tensor
 
 from scviaduct.models import gaussian_kernels as kernels
 from scviaduct.models.autograd import once_differentiable
+from scviaduct.models.chunks import Kernel, chunks_of, run
 from scviaduct.models.memory import empty
 
 
@@ -60,11 +61,22 @@ def _rows(t: Tensor) -> Any:
     return t.detach().reshape(-1, t.shape[-1]).contiguous().numpy()
 
 
+_DRAW = kernels.draw, kernels.draw_parallel
+_DRAW_BACK = kernels.draw_back, kernels.draw_back_parallel
+_LOG_DENSITY = kernels.log_density, kernels.log_density_parallel
+_LOG_DENSITY_BACK = kernels.log_density_back, kernels.log_density_back_parallel
+
+
+def _run(kernel: Kernel, parts: Any, *arguments: Any) -> None:
+    """Call a kernel on the rows of `parts`, cut into chunks by their number."""
+    run(kernel, parts, *arguments, chunks_of(len(parts)))
+
+
 class _Draw(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, parts: Tensor, noise: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         z, kl = torch.empty(noise.shape), torch.empty(noise.shape[:-1])
-        kernels.draw(_rows(parts), _rows(noise), np.float32(eps), _rows(z), kl.numpy().reshape(-1))
+        _run(_DRAW, _rows(parts), _rows(noise), np.float32(eps), _rows(z), kl.numpy().reshape(-1))
         ctx.save_for_backward(parts, noise)
         ctx.eps = np.float32(eps)
         return z, kl
@@ -75,7 +87,7 @@ class _Draw(torch.autograd.Function):
         parts, noise = ctx.saved_tensors
         out = empty(*parts.shape)
         given = by_kl.contiguous().numpy().reshape(-1)
-        kernels.draw_back(_rows(parts), _rows(noise), ctx.eps, _rows(by_z), given, _rows(out))
+        _run(_DRAW_BACK, _rows(parts), _rows(noise), ctx.eps, _rows(by_z), given, _rows(out))
         return out, None, None
 
 
@@ -83,7 +95,7 @@ class _LogDensity(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, parts: Tensor, z: Tensor, eps: float) -> Tensor:
         out = torch.empty(parts.shape[:-1])
-        kernels.log_density(_rows(parts), _rows(z), np.float32(eps), out.numpy().reshape(-1))
+        _run(_LOG_DENSITY, _rows(parts), _rows(z), np.float32(eps), out.numpy().reshape(-1))
         ctx.save_for_backward(parts, z)
         ctx.eps = np.float32(eps)
         return out
@@ -94,5 +106,5 @@ class _LogDensity(torch.autograd.Function):
         parts, z = ctx.saved_tensors
         dparts, dz = empty(*parts.shape), torch.empty(z.shape)
         given = grad.contiguous().numpy().reshape(-1)
-        kernels.log_density_back(_rows(parts), _rows(z), ctx.eps, given, _rows(dparts), _rows(dz))
+        _run(_LOG_DENSITY_BACK, _rows(parts), _rows(z), ctx.eps, given, _rows(dparts), _rows(dz))
         return dparts, dz, None

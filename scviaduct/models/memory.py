@@ -46,7 +46,8 @@ class _Pool:
     def take(self, size: int) -> NDArray[np.float32]:
         """`size` numbers of a block, which comes back when the array is deleted."""
         with self._lock:
-            fitting = [block for block in self._free if size <= block.size <= 1.25 * size]
+            # the newest first: it may still be in the cache
+            fitting = [block for block in reversed(self._free) if size <= block.size <= 1.25 * size]
             # Where none fits, the shapes have changed, and what is free is of no more use.
             block = min(fitting, key=len, default=None)
             self._free = [b for b in self._free if b is not block] if fitting else []

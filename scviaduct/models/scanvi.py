@@ -144,9 +144,8 @@ class SCANVI(SCVI):
         if schema.labels is None:
             raise ConfigError("SCANVI learns from labels; name the obs column that has them with labels_key")
         c, n_labels = self.config, len(schema.labels)
-        self.classifier = Classifier(
-            c.n_latent, n_labels, None if c.linear_classifier else self._net("encoder", (), c.dropout_rate)
-        )
+        classifier = None if c.linear_classifier else self._net("encoder", (), c.dropout_rate)
+        self.classifier = Classifier(c.n_latent, n_labels, classifier)
         self.encoder_z2_z1 = LabelNet(c.n_latent, self._net("encoder", (n_labels,), c.dropout_rate), _ENCODER_EPS)
         self.decoder_z1_z2 = LabelNet(c.n_latent, self._net("decoder", (n_labels,), 0.0), 0.0)
         self.register_buffer("labelled_share", torch.ones(()))
@@ -162,7 +161,7 @@ class SCANVI(SCVI):
             layer_norm=c.use_layer_norm in (where, "both"),
             n_categories=n_categories,
             deep=True,
-            labels=True,
+            labels=bool(n_categories),
         )
 
     def set_labelled_share(self, share: float) -> None:

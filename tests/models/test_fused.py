@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from scviaduct.models.nets import CategoricalLinear, Hidden, HiddenLayer
+from scviaduct.models.fused import Values, normalised_and_rectified
+from scviaduct.models.nets import BatchNorm, CategoricalLinear, Hidden, HiddenLayer
 from scviaduct.models.noise import Noise
 from scviaduct.models.scanvi import _PerLabel as PerLabel
 
@@ -90,6 +91,23 @@ def test_frozen_and_evaluated_batch_norm_use_the_running_statistics(norm):
     if layer.batch_norm is not None:
         layer.batch_norm.frozen = True
     assert_equal(*both_ways(layer, torch.randn(20, 7), codes, seeds))
+
+
+@pytest.mark.parametrize("mean", [0.0, 1e3])
+@pytest.mark.parametrize("labels", [1, 4])
+def test_values_far_from_0_have_the_moments_of_float64(mean, labels):
+    h = mean + torch.randn(5000 // labels, 6) * torch.tensor([1.0, 3.0, 1.0, 1.0, 1.0, 0.0])
+    h[0, 2], h[:, 3] = mean + 1e4, h[:, 3].sort().values  # the first row is far from the others; rows in order
+    added, codes = torch.randn(labels, 6), torch.arange(labels).repeat(len(h))
+    norm, expected = BatchNorm(6), BatchNorm(6).double()
+    values = Values(h, added, codes)
+    y = normalised_and_rectified(values, norm, layer_norm=False, negative_slope=1.0, kept=None)
+    exact = expected(Values(h.double(), added.double(), codes).dense())
+    torch.testing.assert_close(norm.running_mean.double(), expected.running_mean, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(norm.running_var.double(), expected.running_var, rtol=2e-5, atol=1e-9)
+    torch.testing.assert_close(
+        y.double(), exact, rtol=1e-4, atol=1e-3
+    )  # of the unit without variance: float32's 3e-5 / sqrt(eps)
 
 
 def test_no_cell_and_one_cell():
