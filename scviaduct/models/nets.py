@@ -159,7 +159,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """
     if len(weight) >= products.WIDE and _float32_on_cpu(x, weight):
         return products.wide_linear(x, weight, bias)
-    if len(x) * weight.numel() >= products.LARGE and _float32_on_cpu(x, weight):
+    if products.is_large(x, weight) and _float32_on_cpu(x, weight):
         return products.large_linear(x, weight, bias)
     return F.linear(x, weight, bias).to(weight.dtype)
 
@@ -312,14 +312,18 @@ class HiddenLayer(nn.Module):
         self.dropout_rate = hidden.dropout_rate
         self.negative_slope = hidden.negative_slope
         # one node costs 80 us more Python than torch's four, and pays where rows are cells x labels, not cells
-        self.fused = hidden.labels and not (hidden.batch_norm and hidden.layer_norm)
+        self.labels = hidden.labels
+        self.fused = not (hidden.batch_norm and hidden.layer_norm)
 
     def forward(self, x: Any, codes: Sequence[Tensor], noise: Noise | None) -> Tensor:
         """(cells, inputs) to (cells, n_hidden); noise None means no dropout.
 
         With several codes for each row of the input the output has a row for each code.
         """
-        values, p = self._values(x, codes), self.dropout_rate if self.training else 0.0
+        p = self.dropout_rate if self.training else 0.0
+        if not self.labels:
+            return self._by_torch(self.linear(x, codes), noise, p)
+        values = cast(Affine, self.linear).values(x, codes)
         if not (self.fused and values.fusable):
             return self._by_torch(values.dense(), noise, p)
         kept = noise.chosen(p) if noise is not None and p else None
@@ -329,12 +333,6 @@ class HiddenLayer(nn.Module):
         return normalised_and_rectified(
             values, self.batch_norm, layer_norm=self.layer_norm, negative_slope=slope, kept=kept
         )
-
-    def _values(self, x: Any, codes: Sequence[Tensor]) -> Values:
-        if isinstance(self.linear, Affine):
-            return self.linear.values(x, codes)
-        h = self.linear(x, codes)
-        return Values(h, h.new_zeros(1, h.shape[1]), torch.zeros(len(h), dtype=torch.long, device=h.device))
 
     def _by_torch(self, h: Tensor, noise: Noise | None, p: float) -> Tensor:
         if self.batch_norm is not None:

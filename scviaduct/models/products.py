@@ -18,11 +18,13 @@ from scviaduct.models.memory import empty
 WIDE = 1 << 14
 """Outputs from which on a layer is worth `wide_linear`."""
 
-LARGE = 1 << 22
-"""Multiplications from which on a product is worth `large_linear`: below, its Python costs what oneDNN saves.
+LARGE, LARGE_BY_ROW = 1 << 25, 1 << 22
+"""Multiplications from which on a product is worth `large_linear`, and those of one with `MANY` rows: below, its Python
+costs what oneDNN saves. In a step the arrays come from outside the nearest cache, and a product of many rows, which writes
+as much as it reads, gains most: of 2,032 rows 665 us against 930 with 128 inputs and outputs, 205 against 290 with 30
+inputs."""
 
-In a step, whose arrays come from outside the nearest cache, oneDNN saves more than in a loop over one product: for 2,032
-rows 665 us against 930 with 128 inputs and outputs, 205 against 290 to 580 with 30 inputs."""
+MANY = 1 << 10
 
 _SMALL = 1 << 15  # numbers of a weight
 _BLOCK = 4096  # outputs whose gradient is turned around at a time, in the cache
@@ -70,6 +72,12 @@ def wide_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """`x weight^T + bias` of float32 matrices on a CPU, differentiable."""
     y: Tensor = _WideLinear.apply(x, weight, bias)
     return y
+
+
+def is_large(x: Tensor, weight: Tensor) -> bool:
+    """Whether `x weight^T` is worth `large_linear`."""
+    rows = x.shape[0]
+    return rows * weight.numel() >= (LARGE_BY_ROW if rows >= MANY else LARGE)
 
 
 class _LargeLinear(_WideLinear):

@@ -24,6 +24,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple, cast
 
 import torch
@@ -69,6 +70,13 @@ class SCANVIConfig(SCVIConfig):
                 raise ConfigError("n_samples_per_label chooses the cells of labelled_batches, which are off")
 
 
+@lru_cache(maxsize=8)
+def _every_label(n: int, k: int, device: torch.device) -> Tensor:
+    """(n * k,) the labels 0 … k - 1 of n cells; an epoch's batches have one or two sizes."""
+    with torch.inference_mode(False):  # a tensor that is made in it cannot be used in training
+        return torch.arange(k, device=device).repeat(n)
+
+
 class LabelNet(nn.Module):
     """A normal over the latent space given a point of it and a label, for all labels at once; variance exp(.) + eps."""
 
@@ -82,8 +90,11 @@ class LabelNet(nn.Module):
     def forward(self, z: Tensor, noise: Noise | None) -> Tensor:
         """(cells, latent), or (cells, labels, latent), to (cells, labels, 2 * latent) means and log variances."""
         n, k = len(z), self.n_labels
-        y = torch.arange(k, device=z.device).repeat(n)
-        rows = self.hidden(z.reshape(-1, z.shape[-1]), [y], cast("Noise | None", noise and _PerLabel(noise, k)))
+        rows = self.hidden(
+            z.reshape(-1, z.shape[-1]),
+            [_every_label(n, k, z.device)],
+            cast("Noise | None", noise and _PerLabel(noise, k)),
+        )
         return self.mean_and_log_var(rows).unflatten(0, (n, k))
 
 
