@@ -118,7 +118,8 @@ def _log_density_back(
         mean, log_var, point, g = parts[r, :width], parts[r, width:], z[r // spread], by_out[r]
         dmean, dlog_var, dpoint = dparts[r, :width], dparts[r, width:], dz[r // spread]
         if r % spread == 0:
-            dpoint[:] = _ZERO
+            for j in range(width):
+                dpoint[j] = _ZERO
         for j in range(width):
             own = exp(log_var[j])
             inverse = _ONE / (own + eps)

@@ -18,6 +18,7 @@ from scviaduct.models.layer_kernels import (
     Norm,
     Row,
     Source,
+    clear,
     mean_of_product,
     mean_of_row,
     normalise_row,
@@ -54,7 +55,11 @@ def _through(grad: np.float32, out: np.float32, kept: np.float32, slope: np.floa
 @numba.njit(forceinline=True, nogil=True, cache=True, error_model="numpy", fastmath=IN_ORDER)
 def _centred(source: Source, norm: Norm) -> Row:
     """(categories, width) added - mean."""
-    return source.added - norm.mean
+    out: Row = np.empty(source.added.shape, np.float32)
+    for code in range(out.shape[0]):
+        for j in range(out.shape[1]):
+            out[code, j] = source.added[code, j] - norm.mean[j]
+    return out
 
 
 @numba.njit(forceinline=True, nogil=True, cache=True, error_model="numpy", fastmath=IN_ORDER)
@@ -73,13 +78,12 @@ def _sums(
     Where rows share one of h: that gradient's sum by cell and by code, too, in dh and parts.
     """
     first, last = span(source, chunk, chunks)
-    sums[:] = _ZERO
+    clear(sums)
     if source.spread > 1:
-        back.parts[chunk] = _ZERO
+        clear(back.parts[chunk])
+        clear(back.dh[first:last])
     for cell in range(first, last):
         h, d = source.h[cell], back.dh[cell]
-        if source.spread > 1:
-            d[:] = _ZERO
         for r in range(cell * source.spread, (cell + 1) * source.spread):
             grad, o, code = back.grad[r], back.out[r], source.codes[r]
             x = centred[code]
@@ -97,13 +101,21 @@ def _sums(
                     sums[1, j] += g * (h[j] + x[j])
     if source.spread > 1:
         for code in range(centred.shape[0]):
-            sums[0] += back.parts[chunk, code]
+            for j in range(sums.shape[1]):
+                sums[0, j] += back.parts[chunk, code, j]
 
 
 @numba.njit(forceinline=True, nogil=True, cache=True, error_model="numpy", fastmath=IN_ORDER)
 def _pulls(norm: Norm, centred: Row, pull: Row) -> tuple[Row, Row]:
     """What h's gradient loses to the moments, as row[code] + h * slope, by (categories, width) rows and a slope."""
-    return norm.factor * (pull[0] + centred * pull[1]), norm.factor * pull[1]
+    rows: Row = np.empty(centred.shape, np.float32)
+    slope = np.empty(norm.factor.size, np.float32)
+    for j in range(slope.size):
+        slope[j] = norm.factor[j] * pull[1, j]
+    for code in range(rows.shape[0]):
+        for j in range(slope.size):
+            rows[code, j] = norm.factor[j] * (pull[0, j] + centred[code, j] * pull[1, j])
+    return rows, slope
 
 
 @numba.njit(forceinline=True, nogil=True, cache=True, error_model="numpy", fastmath=IN_ORDER)
@@ -113,7 +125,7 @@ def _backward(
     """By column, with one row for each of h."""
     first, last = span(source, chunk, chunks)
     slope = pulls[1]
-    back.parts[chunk] = _ZERO
+    clear(back.parts[chunk])
     for r in range(first, last):
         code = source.codes[r]
         h, grad, o, d = source.h[r], back.grad[r], back.out[r], back.dh[r]
@@ -125,17 +137,23 @@ def _backward(
 
 
 @numba.njit(forceinline=True, nogil=True, cache=True, error_model="numpy", fastmath=IN_ORDER)
+def _scale(rows: Row, factor: Row) -> None:
+    for i in range(rows.shape[0]):
+        for j in range(factor.size):
+            rows[i, j] *= factor[j]
+
+
+@numba.njit(forceinline=True, nogil=True, cache=True, error_model="numpy", fastmath=IN_ORDER)
 def _backward_joint(
     source: Source, norm: Norm, pulls: tuple[Row, Row], back: Back, chunk: int | np.int64, chunks: int
 ) -> None:
     """By column, with several rows for each of h: `_sums` has put together what comes by the output."""
     first, last = span(source, chunk, chunks)
     slope = pulls[1]
-    for code in range(back.parts.shape[1]):
-        back.parts[chunk, code] *= norm.factor
+    _scale(back.parts[chunk], norm.factor)
+    _scale(back.dh[first:last], norm.factor)
     for cell in range(first, last):
         h, d = source.h[cell], back.dh[cell]
-        d *= norm.factor
         for r in range(cell * source.spread, (cell + 1) * source.spread):
             code = source.codes[r]
             t, row = back.parts[chunk, code], pulls[0][code]
@@ -150,11 +168,11 @@ def _backward_by_row(
     source: Source, norm: Norm, kept: np.float32, back: Back, chunk: int | np.int64, chunks: int
 ) -> None:
     first, last = span(source, chunk, chunks)
-    x, g = np.empty((2, source.h.shape[1]), np.float32)
-    back.parts[chunk] = _ZERO
+    x, g = np.empty(source.h.shape[1], np.float32), np.empty(source.h.shape[1], np.float32)
+    clear(back.parts[chunk])
+    clear(back.dh[first:last])
     for cell in range(first, last):
         h, d = source.h[cell], back.dh[cell]
-        d[:] = _ZERO
         for r in range(cell * source.spread, (cell + 1) * source.spread):
             grad, o, t = back.grad[r], back.out[r], back.parts[chunk, source.codes[r]]
             factor = normalise_row(h, source.added[source.codes[r]], x)
@@ -181,9 +199,11 @@ def _pull(norm: Norm, back: Back, rows: int) -> None:
 def _total(parts: Row, out: Row) -> None:
     """The sum over the first axis, in its order, unless it is not wanted."""
     if out.shape[0] > 0:
-        out[:] = parts[0]
-        for chunk in range(1, parts.shape[0]):
-            out += parts[chunk]
+        clear(out)
+        for chunk in range(parts.shape[0]):
+            for i in range(out.shape[0]):
+                for j in range(out.shape[1]):
+                    out[i, j] += parts[chunk, i, j]
 
 
 @numba.njit(nogil=True, cache=True, error_model="numpy")

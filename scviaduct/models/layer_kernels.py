@@ -64,6 +64,14 @@ class Dropout(NamedTuple):
 
 
 @numba.njit(forceinline=True, nogil=True, cache=True, error_model="numpy")
+def clear(rows: Row) -> None:
+    """Zeros. A loop, as elsewhere in these kernels: an assignment to a slice takes numba up to a second to compile."""
+    for i in range(rows.shape[0]):
+        for j in range(rows.shape[1]):
+            rows[i, j] = _ZERO
+
+
+@numba.njit(forceinline=True, nogil=True, cache=True, error_model="numpy")
 def span(source: Source, chunk: int | np.int64, chunks: int) -> tuple[int, int]:
     """First and last row of h of a chunk."""
     n = source.h.shape[0]
@@ -80,12 +88,12 @@ def _moments(source: Source, mean: Row, square: Row, chunk: int | np.int64, chun
     first, last = span(source, chunk, chunks)
     spread, sums = source.spread, np.empty((2, mean.size), np.float32)
     cells = max(1, _SWEEP // max(1, spread))
-    mean[:], square[:] = _ZERO, _ZERO
-    if first < last:
-        mean[:] = source.h[first] + source.added[source.codes[first * spread]]
+    for j in range(mean.size):
+        mean[j] = source.h[first, j] + source.added[source.codes[first * spread], j] if first < last else _ZERO
+        square[j] = _ZERO
     for start in range(first, last, cells):
         stop = min(start + cells, last)
-        sums[:] = _ZERO
+        clear(sums)
         for cell in range(start, stop):
             h = source.h[cell]
             for r in range(cell * spread, (cell + 1) * spread):
@@ -188,7 +196,9 @@ def _put_together(source: Source, parts: Row, mean: Row, variance: Row, chunks: 
     rows, middle, square = max(1, source.codes.size), np.zeros(mean.size), np.zeros(mean.size)
     for chunk in range(chunks):
         first, last = span(source, chunk, chunks)
-        middle += (last - first) * source.spread / rows * parts[0, chunk]
+        share = (last - first) * source.spread / rows
+        for j in range(mean.size):
+            middle[j] += share * parts[0, chunk, j]
     for chunk in range(chunks):
         first, last = span(source, chunk, chunks)
         n = float((last - first) * source.spread)

@@ -305,7 +305,8 @@ def _other_cell(kind: Kind, i: int, rows: tuple, cell: tuple, inputs: Inputs, ou
     mu, a, x = work[0], out.logits[i], work[1]
     if kind.likelihood == POISSON:
         return float(_poisson_zeros(mu, kind.weight, a)) + _poisson_counts(genes, counts, mu, x, kind.weight, a)
-    x[:] = _ZERO
+    for g in range(x.size):
+        x[g] = _ZERO
     for j in range(genes.size):
         x[genes[j]] = counts[j]
     return float(_normal(x, mu, inputs.px_r[rows[0]], kind.weight, a, out.px_r[rows[1]]))
@@ -325,7 +326,8 @@ def chunk_of_cells(kind: Kind, x: Nonzeros, inputs: Inputs, out: Outputs, chunk:
         if kind.likelihood == NB or kind.likelihood == ZINB:
             out.loss[i] = _counts_cell(kind, i, rows, cell, inputs, out, work)
         else:
-            work[1] = logits + shift
+            for g in range(width):
+                work[1, g] = logits[g] + shift
             out.loss[i] = _other_cell(kind, i, rows, cell, inputs, out, work)
         out.library[i] = _softplus_back(logits, a) if kind.softplus else _softmax_back(mu, library, a)
 
