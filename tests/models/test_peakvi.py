@@ -159,7 +159,10 @@ def test_gradients(pair):
 def test_twenty_steps_of_adam(pair):
     ours, theirs = take_twenty_steps(pair, both_losses)
     close(ours.loss, theirs.loss)
-    assert_same_weights(pair, pair.load, rtol=1e-3, atol=1e-4)
+    # under batch norm a bias has gradient 0 but for rounding; what it adds, the norm takes off again
+    free = getattr(pair.ours.config, "use_batch_norm", "none") != "none"
+    skip = lambda name: free and name.endswith("linear.bias")  # noqa: E731
+    assert_same_weights(pair, pair.load, rtol=1e-3, atol=1e-4, skip=skip)
 
 
 @pytest.mark.parity("20 steps")
