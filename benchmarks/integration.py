@@ -278,7 +278,7 @@ def score(path: Path) -> None:
     )  # fmt: skip
     bench.benchmark()
     frame = bench.get_results(min_max_scale=False).drop(index="Metric Type").astype(float)
-    frame = frame.join(many_starts(spaces, obs["label"]))
+    frame = frame.join(many_starts(dict(given.obsm), obs["label"]))
     print(json.dumps(frame.to_dict()))
 
 

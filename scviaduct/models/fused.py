@@ -113,8 +113,7 @@ def normalised_and_rectified(
         ValueError: batch norm over one row, which has no variance.
     """
     source = _source(*values)
-    if not kernels.within(source.codes, source.added.shape[0]):  # the kernels do not ask
-        raise IndexError(f"codes up to {int(values.codes.max())}, but {len(values.added)} categories")
+    kernels.require_codes(source.codes, source.added.shape[0], "categories")
     if batch_norm is None:
         kind = kernels.BY_ROW if layer_norm else kernels.AS_IT_IS
         step = _Step(source, kind, np.zeros((2, values.h.shape[1]), np.float32), 0, 1.0, negative_slope, kept)

@@ -1,8 +1,9 @@
 """The way back through what follows a hidden layer's matrix product (layer_kernels), on CPUs.
 
-A unit whose output is 0 passes no gradient, be it rectified or dropped. With a norm by column the gradient by h is factor * (g - pull[0] - (x - mean) *
-pull[1]), where g is that by the value before the activation and the pulls are its sums over all rows; where several rows
-are made of one of h, the first pass puts their g together and the second needs the output no more.
+A unit whose output is 0 passes no gradient, be it rectified or dropped. With a norm by column the gradient by h is
+factor * (g - pull[0] - (x - mean) * pull[1]), where g is that by the value before the activation and the pulls are its
+sums over all rows; where several rows are made of one of h, the first pass puts their g together and the second needs the
+output no more.
 """
 
 from __future__ import annotations

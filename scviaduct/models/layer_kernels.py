@@ -215,12 +215,22 @@ def _factor(norm: Norm) -> None:
 
 
 @numba.njit(nogil=True, cache=True, error_model="numpy")
-def within(codes: NDArray[np.int64], n: int) -> bool:
+def _within(codes: NDArray[np.int64], n: int) -> bool:
     """Whether all codes are in [0, n)."""
     low, high = 0, -1
     for r in range(codes.size):
         low, high = min(low, codes[r]), max(high, codes[r])
     return low == 0 and high < n
+
+
+def require_codes(codes: NDArray[np.int64], n: int, what: str) -> None:
+    """Refuse codes without a row among n, for the kernels do not ask.
+
+    Raises:
+        IndexError: a code is not in [0, n).
+    """
+    if not _within(codes, n):
+        raise IndexError(f"codes up to {int(codes.max())}, but {n} {what}")
 
 
 @numba.njit(nogil=True, cache=True, error_model="numpy")

@@ -17,14 +17,15 @@ from torch import Tensor
 from scviaduct.models import protein_kernels as kernels
 from scviaduct.models import row_kernels
 from scviaduct.models.autograd import once_differentiable
-from scviaduct.models.counts import use_threads
+from scviaduct.models.chunks import run
 from scviaduct.models.draws import negative_binomial
-from scviaduct.models.layer_kernels import within
+from scviaduct.models.layer_kernels import require_codes
 from scviaduct.models.likelihoods import over_cells
 from scviaduct.models.nets import Gaussian
 from scviaduct.models.noise import Noise
 
 _EPS = 1e-8
+_KERNEL = kernels.losses, kernels.losses_parallel
 
 
 class PerBatch(NamedTuple):
@@ -139,8 +140,7 @@ def _check(py: Proteins, given: _Given) -> None:
     right &= all(tuple(t.shape) == batches for t in py.batches[1:4]) and batches[1:] == cells[1:]
     if not right or tuple(py.batches.log_phi.shape) not in (batches, batches[1:]):
         raise ValueError(f"Counts are {cells}, panels {batches}: what is said of the proteins has other shapes")
-    if not within(given.codes.numpy(), batches[0]):
-        raise IndexError(f"codes up to {int(given.codes.max())}, but {batches[0]} batches")
+    require_codes(given.codes.numpy(), batches[0], "batches")
 
 
 class _Losses(torch.autograd.Function):
@@ -156,7 +156,7 @@ class _Losses(torch.autograd.Function):
         flat = (t.detach().reshape(-1).numpy() for t in (*said[:4], given.y, given.noise))
         shared = kernels.Shared(given.measured.numpy(), codes, *tables)
         out = kernels.Results(1.0 / max(1, cells), likelihood.numpy(), kl.numpy(), *by_cell.numpy())
-        _run(kernels.Said(given.exp_std, *flat), shared, out)
+        run(_KERNEL, kernels.Said(given.exp_std, *flat), shared, out, max(1, cells // kernels.CELLS_PER_CHUNK))
         totals = [torch.zeros_like(t) for t in said[4:]]
         for total, rows in zip(totals, out.shared, strict=True):
             row_kernels.add_up(rows.reshape(cells, width), codes, np.atleast_2d(total.numpy()))
@@ -169,12 +169,6 @@ class _Losses(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         by_cell, *totals = (g * grad for g in ctx.saved_tensors)
         return (None, *by_cell, *totals)
-
-
-def _run(said: kernels.Said, shared: kernels.Shared, out: kernels.Results) -> None:
-    chunks = max(1, len(out.kl) // kernels.CELLS_PER_CHUNK)
-    alone = chunks == 1 or use_threads(len(out.kl)) == 1
-    (kernels.losses if alone else kernels.losses_parallel)(said, shared, out, chunks)
 
 
 def background_kl(py: Proteins, seen: Tensor) -> Tensor:

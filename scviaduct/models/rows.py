@@ -14,7 +14,7 @@ from torch import Tensor
 from scviaduct.models import row_kernels
 from scviaduct.models.autograd import once_differentiable
 from scviaduct.models.fused import Values
-from scviaduct.models.layer_kernels import within
+from scviaduct.models.layer_kernels import require_codes
 
 LARGE = 1 << 17
 """Numbers from which on `added` is worth its Python."""
@@ -26,8 +26,7 @@ def added(values: Values) -> Tensor:
     Raises:
         IndexError: a code has no row.
     """
-    if not within(values.codes.numpy(), len(values.added)):  # the kernels do not ask
-        raise IndexError(f"codes up to {int(values.codes.max())}, but {len(values.added)} categories")
+    require_codes(values.codes.numpy(), len(values.added), "categories")
     h: Tensor = _Added.apply(*values)
     return h
 

@@ -185,7 +185,7 @@ class Sampler:
         if self.n_kept == 0:
             raise ConfigError(f"The {self.part} part of {self.n_rows} rows is empty at fraction {self.split.fraction}.")
 
-    @cached_property
+    @property
     def n_blocks(self) -> int:
         """Number of blocks."""
         return -(-self.n_rows // self.block_rows)
